@@ -1,0 +1,405 @@
+"""From a record of a data set to a batch, the same for pixels and for stored features.
+
+A data set is a list of `Sample`s (`mivpg.datasets` reads them from files). `BagDataset` opens one as a `Bag`,
+`BagSampler` puts bags of like size together, and `BagCollator` hands a list of bags to the processor, which pads.
+What is random in training is a function of (seed, epoch, index), so a resumed run sees what an unbroken one sees.
+"""
+
+# N images of a bag, P patch tokens an image, D vision width
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from mivpg.errors import BagError, MivpgError
+from mivpg.images import open_image
+
+SPLITS = ("train", "val", "test", "all")
+
+BLOCKS_PER_WINDOW = 100
+"""Bags are sorted by size inside windows of this many blocks. On bags of 1 to 1860 patches in blocks of 8 a window of
+100 leaves 6 % padding, of 16 a fifth, no sorting two thirds."""
+
+SIZE_JITTER = 0.05
+"""Sizes are multiplied by up to 1 ± this before sorting, so that bags of a small data set change their neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One record of a data set; nothing is opened yet."""
+
+    id: str
+    images: tuple[Path, ...] = ()
+    features: Path | None = None
+    """A file that `read_features` reads, instead of images."""
+    image_coords: tuple[tuple[float, float], ...] | None = None
+    """x and y of each image, where positions are known."""
+    captions: tuple[str, ...] = ()
+    """The references, each a description of the whole bag."""
+    prompt: str | None = None
+    """What precedes the caption of this bag; None = the prompt of the run."""
+    label: str | None = None
+    """A class, such as the product type, for the label-based floor of an evaluation."""
+    group: str | None = None
+    """What must not be divided between splits, such as a patient."""
+    split: str | None = None
+    """One of `SPLITS`; None = the data set has no splits."""
+
+
+@dataclass(kw_only=True)
+class Bag:
+    """One opened bag, with either `images` or `image_embeds`."""
+
+    id: str
+    images: list[Image.Image] | None
+    image_embeds: Tensor | None
+    """(N, P, D) float32."""
+    image_coords: Tensor | None
+    """(N, 2) float32, x and y."""
+    prompt: str
+    caption: str | None
+    """The reference drawn for training, else None."""
+
+
+def select(samples: Iterable[Sample], split: str) -> list[Sample]:
+    """The samples of one split; a sample of split "all" is in each, one without a split in train and test.
+
+    Raises:
+        MivpgError: There is no such split.
+    """
+    if split not in SPLITS:
+        raise MivpgError(f"split is {split!r}, expected one of {', '.join(SPLITS)}.")
+    if split == "all":
+        return list(samples)
+    unsplit_belong = split != "val"
+    return [s for s in samples if s.split in (split, "all") or (s.split is None and unsplit_belong)]
+
+
+def assign_splits(
+    samples: Sequence[Sample], *, seed: int, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+) -> list[Sample]:
+    """Draws train, val and test at random, the same on every machine whatever the order of the samples.
+
+    Samples of one group stay together. A group goes where its first bag falls, so with large groups the sizes are
+    as near to the fractions as whole groups allow.
+
+    Args:
+        samples: In any order; they come back in it.
+        seed: Another seed, another split.
+        fractions: The shares of train, val and test; they sum to one.
+    """
+    units: dict[tuple[bool, str], list[Sample]] = {}
+    for sample in samples:
+        unit = (True, sample.group) if sample.group is not None else (False, sample.id)
+        units.setdefault(unit, []).append(sample)
+    order = sorted(units)
+    random.Random(seed).shuffle(order)
+
+    end_of_train = round(fractions[0] * len(samples))
+    end_of_val = round((fractions[0] + fractions[1]) * len(samples))
+    splits: dict[str, str] = {}
+    for unit in order:
+        position = len(splits)
+        split = "train" if position < end_of_train else "val" if position < end_of_val else "test"
+        splits.update((sample.id, split) for sample in units[unit])
+    return [replace(sample, split=splits[sample.id]) for sample in samples]
+
+
+def features_shape(path: Path) -> tuple[int, int, int]:
+    """(N, P, D) of a features file, from its header alone.
+
+    Raises:
+        BagError: As in `read_features`, as far as a header tells.
+    """
+    if path.suffix == ".npy":
+        return _checked_shape(path, _open_npy(path).shape)
+    with _open_safetensors(path) as file:
+        return _checked_shape(path, tuple(file.get_slice("image_embeds").get_shape()))
+
+
+def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
+    """Reads the stored features of one bag. Nothing is ever unpickled.
+
+    Args:
+        path: `.safetensors` with `image_embeds` (N, P, D) or (N, D) and optionally `coords` (N, 2), or `.npy` with
+            (N, P, D) or (N, D). Features without a patch axis get one of P = 1.
+
+    Returns:
+        The features (N, P, D) float32, and the coordinates (N, 2) float32 or None.
+
+    Raises:
+        BagError: The file is missing, of another kind, damaged, or holds other shapes, no row, NaN or infinity.
+    """
+    coords = None
+    if path.suffix == ".npy":
+        array = _open_npy(path)
+        features_shape(path)
+        image_embeds = torch.from_numpy(np.array(array, dtype=np.float32))
+    else:
+        with _open_safetensors(path) as file:
+            image_embeds = file.get_tensor("image_embeds").float()
+            if "coords" in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                coords = file.get_tensor("coords").float()
+    num_images, num_patches, width = _checked_shape(path, tuple(image_embeds.shape))
+    if coords is not None and coords.shape != (num_images, 2):
+        raise BagError(f"{path}: coords is {tuple(coords.shape)}, expected ({num_images}, 2), a position an image.")
+    if not torch.isfinite(image_embeds).all():
+        raise BagError(f"{path}: image_embeds holds NaN or infinity, expected finite features.")
+    return image_embeds.reshape(num_images, num_patches, width), coords
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise BagError(f"{path}: {_one_line(error)}; expected a .npy file of (N, D) or (N, P, D) numbers.") from None
+
+
+def _open_safetensors(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        raise BagError(f"{path} ends in {path.suffix!r}, expected a features file, .safetensors or .npy.")
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise BagError(f"{path}: {_one_line(error)}; expected a safetensors file holding image_embeds.") from None
+    if "image_embeds" not in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+        raise BagError(f"{path} holds {', '.join(sorted(file.keys()))}, expected a tensor named image_embeds.")
+    return file
+
+
+def _checked_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) == 2:
+        shape = (shape[0], 1, shape[1])
+    if len(shape) != 3 or 0 in shape:
+        raise BagError(f"{path}: features are {shape}, expected (N, D) or (N, P, D) with N, P, D of at least 1.")
+    return shape[0], shape[1], shape[2]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def bag_size(sample: Sample) -> int:
+    """The number of images of a bag; of stored features, by their file's header."""
+    return len(sample.images) if sample.features is None else features_shape(sample.features)[0]
+
+
+def check_bags(samples: Iterable[Sample]) -> None:
+    """Finds before training what would stop it in the middle: files are looked at (names, headers), not decoded.
+
+    Raises:
+        BagError: The first bag that lacks images, a file or a caption, or whose features differ from the others'.
+    """
+    first: Sample | None = None
+    first_kind = ""
+    for sample in samples:
+        _check_record(sample)
+        if not sample.captions:
+            raise BagError(f"bag {sample.id!r} has no caption, expected at least one to train on.")
+        for path in sample.images:
+            if not path.is_file():
+                raise BagError(f"bag {sample.id!r}: image {path} does not exist.")
+        kind = _kind_of_sample(sample)
+        if first is None:
+            first, first_kind = sample, kind
+        elif kind != first_kind:
+            raise BagError(_mixed(first.id, first_kind, sample.id, kind))
+
+
+def _check_record(sample: Sample) -> None:
+    """Raises for what can be told from the record alone."""
+    if sample.images and sample.features is not None:
+        raise BagError(f"bag {sample.id!r} has both images and features, expected one of them.")
+    if not sample.images and sample.features is None:
+        raise BagError(f"bag {sample.id!r} has no image, expected at least one (or a features file).")
+    if any(not caption.strip() for caption in sample.captions):
+        raise BagError(f"bag {sample.id!r} has an empty caption; fill it in or leave it out.")
+    if sample.images and sample.image_coords is not None and len(sample.image_coords) != len(sample.images):
+        raise BagError(
+            f"bag {sample.id!r} has {len(sample.images)} images and {len(sample.image_coords)} coordinates, "
+            "expected one x, y for each image."
+        )
+
+
+def _kind_of_sample(sample: Sample) -> str:
+    if sample.features is None:
+        return "images"
+    _, num_patches, width = features_shape(sample.features)
+    return f"features (N, {num_patches}, {width})"
+
+
+def _kind_of_bag(bag: Bag) -> str:
+    coords = "" if bag.image_coords is None else " with coordinates"
+    if bag.image_embeds is None:
+        return f"images{coords}"
+    return f"features (N, {bag.image_embeds.shape[1]}, {bag.image_embeds.shape[2]}){coords}"
+
+
+def _mixed(first_id: str, first_kind: str, other_id: str, other_kind: str) -> str:
+    return f"bag {first_id!r} has {first_kind} and bag {other_id!r} has {other_kind}, expected all bags alike."
+
+
+class BagDataset(Dataset):
+    """Opens bags one at a time.
+
+    Args:
+        samples: What `mivpg.datasets` read, of one split.
+        prompt: For samples without a prompt of their own.
+        seed: Of the choice among several references.
+        training: Whether a bag carries a caption: one reference, drawn anew every epoch.
+    """
+
+    def __init__(self, samples: Sequence[Sample], *, prompt: str = "", seed: int = 0, training: bool = False) -> None:
+        self.samples = samples
+        self.prompt = prompt
+        self.seed = seed
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Bag:
+        """Opens a bag.
+
+        Args:
+            index: The number of the sample, or (epoch, number) as `BagSampler` yields it.
+
+        Raises:
+            BagError: The bag has no image, an image or features file cannot be read, or training needs a caption.
+        """
+        epoch, index = (0, index) if isinstance(index, int) else index
+        sample = self.samples[index]
+        _check_record(sample)
+        images, image_embeds, coords = None, None, None
+        try:
+            if sample.features is None:
+                images = [open_image(path) for path in sample.images]
+            else:
+                image_embeds, coords = read_features(sample.features)
+        except BagError as error:
+            raise BagError(f"bag {sample.id!r}: {error}") from None
+        if coords is None and sample.image_coords is not None:
+            coords = torch.tensor(sample.image_coords, dtype=torch.float32)  # (N, 2)
+            if image_embeds is not None and len(coords) != len(image_embeds):
+                raise BagError(
+                    f"bag {sample.id!r} has {len(image_embeds)} rows of features and {len(coords)} coordinates, "
+                    "expected one x, y for each row."
+                )
+        return Bag(
+            id=sample.id,
+            images=images,
+            image_embeds=image_embeds,
+            image_coords=coords,
+            prompt=self.prompt if sample.prompt is None else sample.prompt,
+            caption=self._draw_caption(sample, epoch, index) if self.training else None,
+        )
+
+    def _draw_caption(self, sample: Sample, epoch: int, index: int) -> str:
+        if not sample.captions:
+            raise BagError(f"bag {sample.id!r} has no caption, expected at least one to train on.")
+        return random.Random(f"{self.seed} {epoch} {index}").choice(sample.captions)
+
+
+class BagSampler(Sampler[tuple[int, int]]):
+    """An order of bags in which neighbours are of like size, so that little of a batch is padding.
+
+    The order is a function of (seed, epoch) and of the block, the bags of one optimizer step over all processes and
+    accumulation steps. How a block is divided among them does not change it: one process with batch 8, accumulation
+    of four batches of 2, and two processes with batch 4 take the same steps.
+
+    Args:
+        sizes: The number of images of each bag.
+        seed: Another seed, another order.
+        block: Bags per optimizer step.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, seed: int, block: int) -> None:
+        self.sizes = sizes
+        self.seed = seed
+        self.block = block
+        self.epoch = 0
+        """Set before each epoch. Not a `set_epoch` method: accelerate calls those with a count of its own."""
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yields (epoch, index), each index once."""
+        generator = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.sizes)))
+        generator.shuffle(order)
+        # What does not fill a block is set aside before sorting, else it would always be the largest bags.
+        whole = len(order) - len(order) % self.block
+        blocks = []
+        for window in _pieces(order[:whole], BLOCKS_PER_WINDOW * self.block):
+            window.sort(key=lambda index: self.sizes[index] * generator.uniform(1 - SIZE_JITTER, 1 + SIZE_JITTER))
+            blocks += _pieces(window, self.block)
+        generator.shuffle(blocks)
+        blocks.append(order[whole:])
+        for block in blocks:
+            block.sort(key=lambda index: self.sizes[index])  # so the parts of a block are alike in size, too
+        return iter([(self.epoch, index) for block in blocks for index in block])
+
+
+def _pieces(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+class Processor(Protocol):
+    """What the collator asks of `MivpgProcessor`."""
+
+    def __call__(
+        self,
+        *,
+        images: list[list[Image.Image]] | None,
+        image_embeds: list[Tensor] | None,
+        image_coords: list[Tensor] | None,
+        text: list[str],
+        captions: list[str] | None,
+        return_tensors: str,
+    ) -> Mapping[str, Tensor]: ...
+
+
+class BagCollator:
+    """Makes a batch of bags.
+
+    Args:
+        processor: Pads and tokenises.
+        training: Whether the batch carries captions, to make labels of.
+    """
+
+    def __init__(self, processor: Processor, *, training: bool) -> None:
+        self.processor = processor
+        self.training = training
+
+    def __call__(self, bags: list[Bag]) -> Mapping[str, Tensor]:
+        """Hands the bags to the processor.
+
+        Raises:
+            BagError: Two bags differ in what a tensor can hold only one of: images or features, their shape, and
+                whether coordinates are known.
+        """
+        for bag in bags[1:]:
+            if _kind_of_bag(bag) != _kind_of_bag(bags[0]):
+                raise BagError(_mixed(bags[0].id, _kind_of_bag(bags[0]), bag.id, _kind_of_bag(bag)))
+        images = [bag.images for bag in bags if bag.images is not None]
+        image_embeds = [bag.image_embeds for bag in bags if bag.image_embeds is not None]
+        image_coords = [bag.image_coords for bag in bags if bag.image_coords is not None]
+        captions = [bag.caption for bag in bags if bag.caption is not None]
+        return self.processor(
+            images=images or None,
+            image_embeds=image_embeds or None,
+            image_coords=image_coords or None,
+            text=[bag.prompt for bag in bags],
+            captions=captions if self.training else None,
+            return_tensors="pt",
+        )
