@@ -1,7 +1,9 @@
 """The one place where a picture is opened: whatever a shop or a laboratory keeps on disk becomes 8-bit RGB."""
 
 import logging
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,19 @@ from mivpg.errors import BagError
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 178_000_000
-"""Pictures with more pixels are refused before they are decoded: a small file can hold a decompression bomb."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded. Pillow knows more, among them EPS, for which it starts another program."""
 
-_warned_of_animation = False
+MAX_PIXELS = 178_000_000
+"""Larger pictures are refused before they are decoded: a file of a few bytes can ask for all memory there is."""
+
+DAMAGE = (OSError, EOFError, IndexError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error)
+"""What Pillow's decoders raise for a damaged file."""
+
+# Pillow warns at half of our limit, for every such file. Set once, because `catch_warnings` is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_has_warned_of_frames = False
 
 
 def open_image(path: Path) -> Image.Image:
@@ -27,12 +38,48 @@ def open_image(path: Path) -> Image.Image:
         BagError: The file is missing, unreadable, truncated, not a picture, or larger than `MAX_PIXELS`.
     """
     try:
-        if path.stat().st_size == 0:
-            raise BagError(f"{path} is empty (0 bytes), expected a picture.")
-        with warnings.catch_warnings():
-            # Pillow warns at half of our limit, on every file; the limit below is the one that counts.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
+        if path.stat().st_size == 0 or path.is_dir():
+            raise BagError(f"{path} is {'a folder' if path.is_dir() else 'empty'}, expected a picture.")
+        with Image.open(path) as image:
+            _check(path, image)
+            return _as_rgb(path, ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise BagError(f"{path} does not exist, expected a picture.") from None
+    except UnidentifiedImageError:
+        raise BagError(f"{path} is not a picture, expected one of {', '.join(FORMATS)}.") from None
+    except Image.DecompressionBombError:
+        raise BagError(f"{path} has more than the {MAX_PIXELS} pixels allowed.") from None
+    except DAMAGE as error:
+        raise BagError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
+
+
+def _check(path: Path, image: Image.Image) -> None:
+    """Looks at the header, before any pixel is decoded."""
+    global _has_warned_of_frames
+    if image.format not in FORMATS:
+        raise BagError(f"{path} is {image.format}, expected one of {', '.join(FORMATS)}.")
+    if image.width * image.height == 0:
+        raise BagError(f"{path} is {image.width} x {image.height} pixels, expected at least one.")
+    if image.width * image.height > MAX_PIXELS:
+        raise BagError(f"{path} is {image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed.")
+    if getattr(image, "is_animated", False) and not _has_warned_of_frames:  # only some formats define it
+        _has_warned_of_frames = True
+        logger.warning("%s holds several frames; of such files the first is used.", path)
+
+
+def _as_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep_grey(path, image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_deep_grey(path: Path, image: Image.Image) -> Image.Image:
+    """16 bits a pixel to 8; Pillow's own conversion would cut everything above 255 to white."""
+    pixels = np.asarray(image)
+    if not (pixels.min() >= 0 and pixels.max() <= 65535) or image.mode == "F":
+        raise BagError(f"{path} has pixels of mode {image.mode}, whose white is not known; expected 8 or 16 bits.")
+    return Image.fromarray((pixels / 257).round().astype(np.uint8)).convert("RGB")
