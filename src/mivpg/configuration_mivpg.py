@@ -1,0 +1,154 @@
+"""What a MIVPG is made of: BLIP-2's configuration, and the options that the paper adds to its Q-Former."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+PatchPooling = Literal["none", "cls", "abmil", "gated_abmil", "mean", "max"]
+InstanceCorrelation = Literal["none", "csa", "csa_constant", "self_attention", "induced", "nystrom"]
+PositionEncoding = Literal["none", "ppeg"]
+
+IMAGE_TOKEN = "<image>"
+"""The mark that stands in a text for one visual prompt, as in BLIP-2."""
+
+DEFAULT_TRAINABLE = ("qformer", "query_tokens", "language_projection", "patch_pooling", "instance_projection")
+"""What the paper trains ("we only update the MIVPG", section 4.1), with the two parts that BLIP-2 trains beside it."""
+
+
+@strict
+class MivpgQFormerConfig(Blip2QFormerConfig):
+    r"""
+    BLIP-2's Q-Former and what happens to the instances before each of its cross-attentions.
+
+    encoder_hidden_size (`int`, *optional*):
+        Width of the instances. Left out, it is the width of the image embeddings that `MivpgConfig` knows.
+    instance_correlation (`str`, *optional*, defaults to `"csa"`):
+        How the instances of a bag see each other. `csa` is the paper's Eq. 9; `self_attention` and `nystrom` are what it
+        compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: the same
+        parameters, but keys and values are the learned queries, so that nothing flows between instances.
+    position_encoding (`str`, *optional*, defaults to `"none"`):
+        `ppeg` adds the pyramid position encoding of TransMIL. It makes the order of a bag matter, by design.
+    num_inducing_points (`int`, *optional*, defaults to 32):
+        M' of Eq. 7, read by `induced` alone.
+    num_landmarks (`int`, *optional*, defaults to 256):
+        Read by `nystrom` alone, as is `pinv_iterations` (defaults to 6); both are TransMIL's.
+    """
+
+    model_type = "mivpg_qformer"
+
+    encoder_hidden_size: int | None = None  # type: ignore[assignment]
+    instance_correlation: InstanceCorrelation = "csa"
+    position_encoding: PositionEncoding = "none"
+    num_inducing_points: int = 32
+    num_landmarks: int = 256
+    pinv_iterations: int = 6
+
+    @classmethod
+    def options(cls) -> tuple[str, ...]:
+        """The fields that this class adds to BLIP-2's."""
+        return (
+            "instance_correlation",
+            "position_encoding",
+            "num_inducing_points",
+            "num_landmarks",
+            "pinv_iterations",
+        )
+
+
+@strict
+class MivpgConfig(PreTrainedConfig):
+    r"""
+    A vision model, the MIVPG and a language model.
+
+    vision_config (`dict` or `PreTrainedConfig`, *optional*):
+        `None` where image embeddings come from elsewhere; it stays `None` through saving and loading.
+    qformer_config (`dict` or `MivpgQFormerConfig`, *optional*):
+        The MIVPG itself.
+    text_config (`dict` or `PreTrainedConfig`, *optional*):
+        Any causal or encoder-decoder language model of transformers.
+    num_query_tokens (`int`, *optional*, defaults to 32):
+        R, the number of visual prompts a bag.
+    image_token_index (`int`, *optional*):
+        Id of the image mark. It may lie outside the language model's vocabulary, which is never resized.
+    image_embeds_size (`int`, *optional*):
+        D, the width of the image embeddings; by default that of the vision model, else of the Q-Former.
+        Where it is not what the Q-Former expects, the instances pass an `instance_projection`.
+    num_prefix_tokens (`int`, *optional*, defaults to 1):
+        Tokens before an image's patches: 1 for CLIP and BLIP-2, 0 for SigLIP, 5 for DINOv2 with registers.
+    patch_pooling (`str`, *optional*, defaults to `"none"`):
+        How the P tokens of an image become one instance: `abmil` (Eq. 4), `gated_abmil`, `cls`, `mean` or `max`;
+        with `none` every token is an instance.
+    trainable (`list[str]`, *optional*):
+        Names of the modules and parameters that train. Everything else is frozen and stays in eval mode; a checkpoint
+        holds what this list names.
+    caption_end_token_id (`int`, *optional*):
+        The token that ends a caption, where the language model's own end-of-sequence token is not one that it writes.
+    base (`dict`, *optional*):
+        Where the weights that did not train come from, in a checkpoint: `{"model": {...}}`, or `{"vision_model": {...},
+        "language_model": {...}}`, each with `path`, `revision` and `sha256` by file name.
+    """
+
+    model_type = "mivpg"
+    attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012, transformers' own attribute
+    sub_configs_defaults = {  # noqa: RUF012
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model", optional=True),
+        "qformer_config": MivpgQFormerConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    image_token_index: int | None = None
+    image_embeds_size: int | None = None
+    num_prefix_tokens: int = 1
+    patch_pooling: PatchPooling = "none"
+    trainable: list[str] | tuple[str, ...] = DEFAULT_TRAINABLE
+    caption_end_token_id: int | None = None
+    base: dict[str, Any] | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.is_encoder_decoder = self.text_config.is_encoder_decoder
+        self.trainable = list(self.trainable)
+        if self.image_embeds_size is None:
+            if self.vision_config is not None:
+                self.image_embeds_size = self.vision_config.hidden_size
+            else:
+                self.image_embeds_size = self.qformer_config.encoder_hidden_size or Blip2QFormerConfig.encoder_hidden_size
+        if self.qformer_config.encoder_hidden_size is None:
+            self.qformer_config.encoder_hidden_size = self.image_embeds_size
+        if self.patch_pooling == "cls" and self.num_prefix_tokens == 0:
+            raise ValueError(
+                "patch_pooling='cls' takes an image's first token, but num_prefix_tokens is 0: "
+                "this vision model has no CLS token. Use abmil, mean or max."
+            )
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a caption."""
+        if self.caption_end_token_id is not None:
+            return self.caption_end_token_id
+        end = self.text_config.eos_token_id
+        return end[0] if isinstance(end, list) else end
+
+    @classmethod
+    def from_blip2(cls, config: Blip2Config, **options) -> "MivpgConfig":
+        """The same model with MIVPG's options, which go to the config that reads each."""
+        qformer_options = {name: options.pop(name) for name in MivpgQFormerConfig.options() if name in options}
+        qformer_config = {k: v for k, v in config.qformer_config.to_dict().items() if k != "model_type"}
+        return cls(
+            vision_config=config.vision_config.to_dict(),
+            qformer_config=qformer_config | qformer_options,
+            text_config=config.text_config.to_dict(),
+            num_query_tokens=config.num_query_tokens,
+            image_token_index=config.image_token_index,
+            **{"dtype": config.dtype} | options,
+        )
+
+
+__all__ = ["MivpgConfig", "MivpgQFormerConfig"]

@@ -1,0 +1,1306 @@
+"""MIVPG, the Multi-instance Visual Prompt Generator (arXiv 2406.02987), in the paper's order.
+
+    images ─ vision model ─> image_embeds (B, N, P, D) ─ patch pooling ─> instances (B, M, D)
+    in every block with cross-attention:  x <- x + PPEG(x);  x <- x + W_o Attention(Q=x, K=q, V=q)   (Eq. 9)
+    then BLIP-2's block:                  q <- self-attention(q);  q <- cross-attention(q; K=x, V=x);  q <- feed-forward(q)
+    language projection ─> visual prompts (B, R, E), which the frozen language model reads before the prompt text
+
+B bags, N images a bag, P tokens an image, D vision width, M instances a bag, R queries, H Q-Former width,
+A attention heads, E language-model width, T text tokens.
+
+What the paper leaves open is decided in the docstring of the class concerned; `docs/design.md` says why.
+"""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.blip_2.modeling_blip_2 import (
+    Blip2QFormerAttention,
+    Blip2QFormerIntermediate,
+    Blip2QFormerMultiHeadAttention,
+    Blip2QFormerOutput,
+    eager_attention_forward,
+)
+from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from mivpg.checkpoints import describe_base, locate_base, verify_base
+from mivpg.configuration_mivpg import IMAGE_TOKEN, MivpgConfig, MivpgQFormerConfig
+from mivpg.errors import MivpgError
+
+ABMIL_HIDDEN_SIZE = 128
+"""L of Eq. 4."""
+
+
+def starting_at_zero(module: nn.Module) -> nn.Module:
+    """Marks a layer that `_init_weights` sets to zero, so that what it belongs to starts as the identity."""
+    module.starts_at_zero = True
+    return module
+
+
+# ── One instance an image: multiple instance learning over its patches (section 3.3) ────────────────────────────────
+
+
+class AttentionPooling(nn.Module):
+    """AB-MIL (Eq. 3 and 4): an image is the weighted mean of its tokens, the weights come from a small network.
+
+    `alpha = softmax(w^T tanh(u x))`, gated: `alpha = softmax(w^T (tanh(u x) * sigmoid(v x)))` (Ilse et al. 2018).
+    Eq. 4 has no biases. All P tokens take part, CLS too. `w` starts at zero, so that the pooling starts as the mean.
+    """
+
+    def __init__(self, size: int, *, gated: bool):
+        super().__init__()
+        self.projection = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False)  # u
+        self.gate = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False) if gated else None  # v
+        self.score = starting_at_zero(nn.Linear(ABMIL_HIDDEN_SIZE, 1, bias=False))  # w
+
+    def attention_weights(self, patches: Tensor) -> Tensor:
+        """The weight of each token of each image: (n, P, D) -> (n, P), each row sums to one."""
+        hidden = torch.tanh(self.projection(patches))  # (n, P, L)
+        if self.gate is not None:
+            hidden = hidden * torch.sigmoid(self.gate(patches))
+        return self.score(hidden).squeeze(-1).softmax(dim=-1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(n, P, D) -> (n, D)."""
+        return torch.einsum("np,npd->nd", self.attention_weights(patches), patches)
+
+
+# ── Where instances stand: the pyramid position encoding of TransMIL ────────────────────────────────────────────────
+
+
+@dataclass
+class InstanceGrid:
+    """Where each instance of a batch of bags stands, for the position encoding.
+
+    Either every image is a square grid of its own (`num_images`, `num_prefix_tokens` and `side` are set), or the bag is
+    one grid whose cells are its images (`cells`).
+    """
+
+    num_images: int = 0
+    num_prefix_tokens: int = 0
+    side: int = 0
+    cells: list[Tensor] | None = None
+    """Row and column of each image of each bag, (n, 2); the bag's own length n tells how many instances are real."""
+    has_coordinates: bool = False
+    """Whether the cells are true ones. Otherwise they fill TransMIL's square, row by row."""
+
+
+class PyramidPositionEncoding(nn.Module):
+    """PPEG (TransMIL, Shao et al. 2021): three depthwise convolutions over the grid of the instances, `x <- x + PPEG(x)`.
+
+    TransMIL writes `x + conv7(x) + conv5(x) + conv3(x)`; here the identity stands outside and the kernels and biases
+    start at zero, so that an untrained PPEG does nothing. The three kernels are summed to one 7x7 when they are run.
+    An image's prefix tokens (CLS) pass around. A bag without coordinates is laid out as TransMIL does: row by row in a
+    square whose last cells repeat the first instances. That depends on the order and the length of the bag, so bags
+    are encoded one by one, and a shuffled bag gives other prompts.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            starting_at_zero(nn.Conv2d(size, size, kernel_size, padding=kernel_size // 2, groups=size))
+            for kernel_size in (7, 5, 3)
+        )
+
+    def merged_kernel(self) -> tuple[Tensor, Tensor]:
+        """Weight (D, 1, 7, 7) and bias (D,) of the one convolution that equals the sum of the three."""
+        weight = sum(F.pad(conv.weight, [(7 - conv.kernel_size[0]) // 2] * 4) for conv in self.convolutions)
+        return weight, sum(conv.bias for conv in self.convolutions)
+
+    def forward(self, instances: Tensor, grid: InstanceGrid) -> Tensor:
+        """(B, M, D) -> (B, M, D); padding stays as it is."""
+        if grid.cells is None:
+            return self.encode_images(instances, grid)
+        kernel = self.merged_kernel()
+        encoded = []
+        for bag, cells in zip(instances, grid.cells, strict=True):
+            real, padding = bag[: len(cells)], bag[len(cells) :]
+            if not grid.has_coordinates:
+                added = self.convolve_square(real, *kernel)
+            elif int(cells.max(dim=0).values.add(1).prod()) <= 4 * len(cells):
+                added = self.convolve_dense(real, cells, *kernel)
+            else:
+                added = self.convolve_occupied(real, cells, *kernel)
+            encoded.append(torch.cat([real + added, padding]))
+        return torch.stack(encoded)
+
+    def encode_images(self, instances: Tensor, grid: InstanceGrid) -> Tensor:
+        """Each image's patches on the image's own grid; all images at once, padded ones too (nobody reads those)."""
+        batch_size, _, size = instances.shape
+        tokens = instances.reshape(batch_size * grid.num_images, -1, size)
+        prefix, patches = tokens[:, : grid.num_prefix_tokens], tokens[:, grid.num_prefix_tokens :]
+        canvas = patches.transpose(1, 2).unflatten(2, (grid.side, grid.side))  # (B*N, D, side, side)
+        added = self.convolve(canvas, *self.merged_kernel()).flatten(2).transpose(1, 2)
+        return torch.cat([prefix, patches + added], dim=1).reshape(instances.shape)
+
+    @staticmethod
+    def convolve(canvas: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The depthwise 7x7 convolution of (n, D, rows, columns)."""
+        return F.conv2d(canvas, weight, bias, padding=3, groups=canvas.shape[1])
+
+    def convolve_square(self, bag: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """TransMIL's square of a bag (n, D): side ceil(sqrt(n)), filled up with the first instances again."""
+        length, size = bag.shape
+        side = math.isqrt(length - 1) + 1
+        canvas = torch.cat([bag, bag[: side * side - length]]).T.reshape(1, size, side, side)
+        return self.convolve(canvas, weight, bias)[0].flatten(1).T[:length]
+
+    def convolve_dense(self, bag: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A bag (n, D) at true cells (n, 2) of a grid of which it fills at least a quarter; empty cells are zero."""
+        rows, columns = (cells.max(dim=0).values + 1).tolist()
+        flat = cells[:, 0] * columns + cells[:, 1]
+        canvas = bag.new_zeros(rows * columns, bag.shape[1]).index_copy(0, flat, bag)
+        canvas = canvas.T.reshape(1, bag.shape[1], rows, columns)
+        return self.convolve(canvas, weight, bias)[0].flatten(1).T[flat]
+
+    def convolve_occupied(self, bag: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The same for a sparse grid, at the cost of the occupied cells alone: 49 shifts, each a lookup and a sum."""
+        width = int(cells[:, 1].max()) + 7  # room for 3 columns on either side, so that no shift wraps around
+        keys, order = torch.sort(cells[:, 0] * width + cells[:, 1])
+        out = bias.expand_as(bag)
+        for row in range(7):
+            for column in range(7):
+                wanted = cells[:, 0] * width + cells[:, 1] + (row - 3) * width + (column - 3)
+                place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+                found = keys[place] == wanted
+                out = out.index_add(0, found.nonzero()[:, 0], bag[order[place[found]]] * weight[:, 0, row, column])
+        return out
+
+
+# ── How instances see each other (section 3.4) ──────────────────────────────────────────────────────────────────────
+
+
+class InstanceCorrelation(nn.Module):
+    """What the ways to correlate instances share: `x <- x + W_o Attention(Q, K, V)`.
+
+    The paper gives neither widths nor residual nor normalisation. Instances keep their width D, so that pretrained
+    cross-attention weights stay valid; `W_o` starts at zero, so that an untrained module changes nothing; and queries
+    are read from the instances as they are, which have left the vision model through its last LayerNorm.
+    """
+
+    def __init__(self, config: MivpgQFormerConfig, key_size: int):
+        super().__init__()
+        assert config.encoder_hidden_size is not None
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.attention_head_size**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.query = nn.Linear(config.encoder_hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_size, config.hidden_size)
+        self.value = nn.Linear(key_size, config.hidden_size)
+        self.output = starting_at_zero(nn.Linear(config.hidden_size, config.encoder_hidden_size))  # W_o
+
+    def heads(self, states: Tensor) -> Tensor:
+        """(B, L, H) -> (B, A, L, H/A)."""
+        return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of Eq. 1, head by head, over projected states (B, L, H); `mask` is what transformers' masks are."""
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        states, _ = attention(
+            self,
+            self.heads(query),
+            self.heads(key),
+            self.heads(value),
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return states.flatten(2)  # (B, L, H)
+
+    def bag_mask(self, queries: Tensor, instances: Tensor, instance_mask: Tensor | None) -> Tensor | None:
+        """Keeps `queries` (B, L, ·) from padded instances; None where none is padded."""
+        if instance_mask is None:
+            return None
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=queries,
+            attention_mask=instance_mask,
+            encoder_hidden_states=instances,
+        )
+
+
+class CorrelatedSelfAttention(InstanceCorrelation):
+    """CSA (Eq. 9): instances ask the queries of the block's input, which have read the whole bag. O(R M).
+
+    In the first block these are the learned queries alone, the same for every bag: correlation starts at the second
+    block with cross-attention.
+    """
+
+    def __init__(self, config: MivpgQFormerConfig):
+        super().__init__(config, key_size=config.hidden_size)
+
+    def forward(
+        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
+    ) -> Tensor:
+        """Instances (B, M, D), queries (B, R, H) -> instances (B, M, D)."""
+        states = self.attend(self.query(instances), self.key(queries), self.value(queries))
+        return instances + self.output(states)
+
+
+class ConstantCorrelatedSelfAttention(CorrelatedSelfAttention):
+    """The control for CSA: its parameters, but keys and values are the learned queries in every block."""
+
+    def forward(
+        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
+    ) -> Tensor:
+        """As CSA, from `learned_queries` (B, R, H): nothing flows between instances."""
+        return super().forward(instances, instance_mask, learned_queries, learned_queries)
+
+
+class FullSelfAttention(InstanceCorrelation):
+    """The "SA" of Table 3: every instance asks every other. O(M^2)."""
+
+    def __init__(self, config: MivpgQFormerConfig):
+        assert config.encoder_hidden_size is not None
+        super().__init__(config, key_size=config.encoder_hidden_size)
+
+    def forward(
+        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
+    ) -> Tensor:
+        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
+        mask = self.bag_mask(instances, instances, instance_mask)
+        states = self.attend(self.query(instances), self.key(instances), self.value(instances), mask)
+        return instances + self.output(states)
+
+
+class InducedSelfAttention(InstanceCorrelation):
+    """Low-rank self-attention through learned points (Eq. 7 and 8; Set Transformer's ISAB). O(M' M)."""
+
+    def __init__(self, config: MivpgQFormerConfig):
+        super().__init__(config, key_size=config.hidden_size)
+        self.inducing_points = nn.Parameter(torch.empty(1, config.num_inducing_points, config.hidden_size))  # L
+        self.induce = nn.ModuleDict(
+            {
+                "query": nn.Linear(config.hidden_size, config.hidden_size),
+                "key": nn.Linear(config.encoder_hidden_size, config.hidden_size),
+                "value": nn.Linear(config.encoder_hidden_size, config.hidden_size),
+            }
+        )
+
+    def forward(
+        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
+    ) -> Tensor:
+        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
+        points = self.inducing_points.expand(len(instances), -1, -1).to(instances.dtype)  # (B, M', H)
+        induced = self.attend(  # Eq. 7
+            self.induce["query"](points),
+            self.induce["key"](instances),
+            self.induce["value"](instances),
+            self.bag_mask(points, instances, instance_mask),
+        )
+        states = self.attend(self.query(instances), self.key(induced), self.value(induced))  # Eq. 8
+        return instances + self.output(states)
+
+
+class NystromSelfAttention(InstanceCorrelation):
+    """Self-attention by the Nyström approximation (Xiong et al. 2021), as TransMIL uses it, with its convolution over V.
+
+    Landmarks are the means of consecutive instances, so the result depends on the bag's order and length: bags are
+    run one by one, never padded. Where the bag does not divide evenly, the first segment is the shorter one; TransMIL
+    counts the zeros of its padding there, which we do not.
+    """
+
+    def __init__(self, config: MivpgQFormerConfig):
+        assert config.encoder_hidden_size is not None
+        super().__init__(config, key_size=config.encoder_hidden_size)
+        heads = config.num_attention_heads
+        self.residual_convolution = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
+
+    def forward(
+        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
+    ) -> Tensor:
+        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
+        lengths = [instances.shape[1]] * len(instances)
+        if instance_mask is not None:
+            lengths = instance_mask.sum(dim=1).tolist()
+        correlated = []
+        for bag, length in zip(instances, lengths, strict=True):
+            real, padding = bag[None, :length], bag[length:]
+            correlated.append(torch.cat([(real + self.output(self.correlate(real)))[0], padding]))
+        return torch.stack(correlated)
+
+    def landmarks(self, states: Tensor) -> Tensor:
+        """Means of the segments of (1, A, M, H/A): (1, A, m, H/A)."""
+        length = states.shape[2]
+        segment = math.ceil(length / self.config.num_landmarks)
+        num_segments = math.ceil(length / segment)
+        shortfall = num_segments * segment - length
+        counts = states.new_full((num_segments, 1), segment)
+        counts[0] -= shortfall
+        return F.pad(states, (0, 0, shortfall, 0)).unflatten(2, (num_segments, segment)).sum(dim=3) / counts
+
+    def correlate(self, bag: Tensor) -> Tensor:
+        """One bag (1, M, D) -> (1, M, H): softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V + conv(V)."""
+        query = self.heads(self.query(bag)) * self.scaling  # (1, A, M, H/A)
+        key, value = self.heads(self.key(bag)), self.heads(self.value(bag))
+        query_landmarks, key_landmarks = self.landmarks(query), self.landmarks(key)  # (1, A, m, H/A)
+        to_landmarks = (query @ key_landmarks.mT).softmax(dim=-1)  # (1, A, M, m)
+        among_landmarks = (query_landmarks @ key_landmarks.mT).softmax(dim=-1)  # (1, A, m, m)
+        from_landmarks = (query_landmarks @ key.mT).softmax(dim=-1)  # (1, A, m, M)
+        states = to_landmarks @ self.pseudo_inverse(among_landmarks) @ (from_landmarks @ value)
+        states = states + self.residual_convolution(value)
+        return states.transpose(1, 2).flatten(2)
+
+    def pseudo_inverse(self, kernel: Tensor) -> Tensor:
+        """Moore-Penrose inverse of (1, A, m, m) by the iteration of Razavi et al. (2014), which Nyströmformer takes."""
+        identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
+        largest_row = kernel.abs().sum(dim=-1).amax(dim=-1)[..., None, None]
+        largest_column = kernel.abs().sum(dim=-2).amax(dim=-1)[..., None, None]
+        inverse = kernel.mT / (largest_row * largest_column)
+        for _ in range(self.config.pinv_iterations):
+            product = kernel @ inverse
+            inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
+        return inverse
+
+
+INSTANCE_CORRELATIONS: dict[str, type[nn.Module]] = {
+    "csa": CorrelatedSelfAttention,
+    "csa_constant": ConstantCorrelatedSelfAttention,
+    "self_attention": FullSelfAttention,
+    "induced": InducedSelfAttention,
+    "nystrom": NystromSelfAttention,
+}
+
+
+# ── The Q-Former that correlates instances (Figure 2a, appendix A) ──────────────────────────────────────────────────
+
+
+class MivpgLayer(GradientCheckpointingLayer):
+    """A block of BLIP-2's Q-Former; one with cross-attention first places and correlates the instances.
+
+    Instances carry over from block to block, and each block has its own PPEG and CSA.
+    """
+
+    def __init__(self, config: MivpgQFormerConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.attention = Blip2QFormerAttention(config)
+        self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        self.position_encoding = None
+        self.instance_correlation = None
+        if self.has_cross_attention:
+            self.crossattention = Blip2QFormerAttention(config, is_cross_attention=True)
+            if config.position_encoding == "ppeg":
+                self.position_encoding = PyramidPositionEncoding(config.encoder_hidden_size)
+            if config.instance_correlation != "none":
+                self.instance_correlation = INSTANCE_CORRELATIONS[config.instance_correlation](config)
+        self.intermediate_query = Blip2QFormerIntermediate(config)
+        self.output_query = Blip2QFormerOutput(config)
+
+    def forward(
+        self,
+        queries: Tensor,
+        instances: Tensor,
+        learned_queries: Tensor,
+        instance_mask: Tensor | None = None,
+        cross_attention_mask: Tensor | None = None,
+        grid: InstanceGrid | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor]:
+        """Queries (B, R, H) and instances (B, M, D), both for the next block."""
+        if self.position_encoding is not None:
+            instances = self.position_encoding(instances, grid)
+        if self.instance_correlation is not None:
+            instances = self.instance_correlation(instances, instance_mask, queries, learned_queries)
+        queries = self.attention(queries, **kwargs)
+        if self.has_cross_attention:
+            queries = self.crossattention(
+                queries,
+                encoder_hidden_states=instances,
+                encoder_attention_mask=cross_attention_mask,
+                **kwargs,
+            )
+        return self.output_query(self.intermediate_query(queries), queries), instances
+
+
+class MivpgQFormerEncoder(nn.Module):
+    """The stack of blocks; a module of its own because BLIP-2's parameter names have it."""
+
+    def __init__(self, config: MivpgQFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(MivpgLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+
+
+@dataclass
+class VisualPrompts:
+    """What every aggregator returns: a bag as a few vectors that a language model, or a classifier, reads."""
+
+    embeds: Tensor
+    """(B, T, H); T is R for MIVPG."""
+    mask: Tensor
+    """(B, T), 1 = real."""
+    weights: Tensor | None = None
+    """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
+    loss: Tensor | None = None
+    """A loss of the aggregator's own, for those that have one."""
+
+
+class MivpgPreTrainedModel(PreTrainedModel):
+    """From images to visual prompts; what follows (a language model, a classifier) is the subclass's.
+
+    Only what `config.trainable` names trains. The rest is frozen and stays in eval mode, its dropout off, also while
+    the model trains.
+    """
+
+    config: MivpgConfig
+    config_class = MivpgConfig
+    base_model_prefix = "mivpg"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flash_attn = False  # the Q-Former is float32, as in BLIP-2
+    _supports_flex_attn = False
+    _no_split_modules = ["MivpgLayer", "Blip2EncoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # What trains is float32 whatever the frozen parts are stored in: in 16 bits a Q-Former diverges (LAVIS #267, #409).
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        "query_tokens",
+        "qformer",
+        "patch_pooling",
+        "instance_projection",
+        "language_projection",
+    ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        if isinstance(module, InducedSelfAttention):
+            init.normal_(module.inducing_points, std=self.config.initializer_range)
+
+    def get_image_embeds(
+        self, pixel_values: Tensor, image_mask: Tensor | None = None, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """What the vision model says of each image; it runs on real images only.
+
+        Args:
+            pixel_values: (B, N, 3, h, w).
+            image_mask: (B, N), 1 = real. Left out, every image is.
+            interpolate_pos_encoding: For images of another size than the vision model's own, where it knows how.
+
+        Returns:
+            (B, N, P, D), zero for padding. A feature map (a ResNet's) is flattened row by row.
+        """
+        if self.vision_model is None:
+            raise ValueError("This model has no vision model (config.vision_config is None): pass image_embeds.")
+        if pixel_values.ndim != 5:
+            raise ValueError(f"pixel_values are bags of images (B, N, 3, h, w); these are {tuple(pixel_values.shape)}.")
+        real = pixel_values.flatten(0, 1) if image_mask is None else pixel_values[image_mask.bool()]
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        trains = any(parameter.requires_grad for parameter in self.vision_model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            tokens = self.vision_model(real, **options).last_hidden_state
+        if tokens.ndim == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        if image_mask is None:
+            return tokens.unflatten(0, pixel_values.shape[:2])
+        return scatter_real(tokens, image_mask)
+
+    def get_instances(self, image_embeds: Tensor, image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The instances of each bag: one an image where patches are pooled, else every patch of every image.
+
+        Args:
+            image_embeds: (B, N, P, D).
+            image_mask: (B, N), 1 = real.
+
+        Returns:
+            Instances (B, M, D), zero for padding, M = N or N·P, and their mask (B, M), None where there is none.
+        """
+        if image_embeds.ndim != 4 or image_embeds.shape[-1] != self.config.image_embeds_size:
+            raise ValueError(
+                f"image_embeds are bags of images (B, N, P, D) with D = {self.config.image_embeds_size}; "
+                f"these are {tuple(image_embeds.shape)}."
+            )
+        if image_mask is not None:
+            if image_mask.shape != image_embeds.shape[:2]:
+                raise ValueError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
+            if not image_mask.bool().any(dim=1).all():
+                raise ValueError("A bag without a real image: a row of image_mask is zero throughout.")
+        instances = image_embeds.to(self.query_tokens.dtype)
+        pooling = self.config.patch_pooling
+        if pooling == "none":
+            num_patches = image_embeds.shape[2]
+            instances = self.project_instances(instances)
+            if image_mask is None:
+                return instances.flatten(1, 2), None  # (B, N*P, D)
+            instances = instances.masked_fill(~image_mask.bool()[:, :, None, None], 0).flatten(1, 2)
+            return instances, image_mask.repeat_interleave(num_patches, dim=1)
+        images = instances.flatten(0, 1) if image_mask is None else instances[image_mask.bool()]  # (n, P, D)
+        if pooling == "cls":
+            pooled = images[:, 0]
+        elif pooling == "mean":
+            pooled = images.mean(dim=1)
+        elif pooling == "max":
+            pooled = images.amax(dim=1)
+        else:
+            pooled = self.patch_pooling(images)
+        pooled = self.project_instances(pooled)  # (n, D)
+        if image_mask is None:
+            return pooled.unflatten(0, image_embeds.shape[:2]), None
+        return scatter_real(pooled, image_mask), image_mask
+
+    def project_instances(self, instances: Tensor) -> Tensor:
+        """To the width that the Q-Former's cross-attention was made for, where it is another."""
+        return instances if self.instance_projection is None else self.instance_projection(instances)
+
+    def get_instance_grid(
+        self, image_embeds: Tensor, image_mask: Tensor | None, image_coords: Tensor | None
+    ) -> InstanceGrid:
+        """Where the instances of `get_instances` stand, for the position encoding (see `InstanceGrid`).
+
+        Args:
+            image_embeds: (B, N, P, D).
+            image_mask: (B, N), 1 = real.
+            image_coords: (B, N, 2), x and y of each image on a regular lattice in any unit; the smallest gap on an axis
+                is one cell.
+        """
+        batch_size, num_images, num_tokens = image_embeds.shape[:3]
+        if self.config.patch_pooling == "none" and num_tokens > 1:
+            num_prefix_tokens = self.config.num_prefix_tokens
+            side = math.isqrt(num_tokens - num_prefix_tokens)
+            if side * side != num_tokens - num_prefix_tokens:
+                raise ValueError(
+                    f"PPEG needs a square grid of patches: {num_tokens} tokens an image less "
+                    f"{num_prefix_tokens} before the patches (config.num_prefix_tokens) is no square."
+                )
+            return InstanceGrid(num_images=num_images, num_prefix_tokens=num_prefix_tokens, side=side)
+        lengths = [num_images] * batch_size if image_mask is None else image_mask.sum(dim=1).tolist()
+        if image_coords is None:
+            empty = torch.empty(num_images, 0, device=image_embeds.device)
+            return InstanceGrid(cells=[empty[:length] for length in lengths])
+        cells = [lattice_cells(bag[:length]) for bag, length in zip(image_coords, lengths, strict=True)]
+        return InstanceGrid(cells=cells, has_coordinates=True)
+
+    def get_visual_prompts(
+        self,
+        image_embeds: Tensor,
+        image_mask: Tensor | None = None,
+        image_coords: Tensor | None = None,
+        **kwargs,
+    ) -> VisualPrompts:
+        """A bag as R vectors of the Q-Former's width.
+
+        Args:
+            image_embeds: (B, N, P, D).
+            image_mask: (B, N), 1 = real; padding stands at the end of a bag.
+            image_coords: (B, N, 2) where positions are known; read by PPEG alone.
+
+        Returns:
+            `embeds` (B, R, H).
+        """
+        if image_mask is not None and bool((image_mask[:, 1:] > image_mask[:, :-1]).any()):
+            raise ValueError("Padding has to stand at the end of a bag: image_mask goes from 0 to 1 in a row.")
+        instances, instance_mask = self.get_instances(image_embeds, image_mask)
+        grid = None
+        if self.config.qformer_config.position_encoding == "ppeg":
+            grid = self.get_instance_grid(image_embeds, image_mask, image_coords)
+        queries = self.query_tokens.expand(len(instances), -1, -1)
+        embeds = self.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=instances,
+            encoder_attention_mask=instance_mask,
+            grid=grid,
+            return_dict=True,
+            **kwargs,
+        ).last_hidden_state  # (B, R, H)
+        return VisualPrompts(embeds=embeds, mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
+
+    # What trains, and what stays as it was.
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of this name is in `config.trainable`, by itself or by a module that holds it."""
+        return any(name == part or name.startswith(f"{part}.") for part in self.config.trainable)
+
+    def freeze(self):
+        """Lets train what `config.trainable` names, and nothing else."""
+        known = {name for name, _ in self.named_modules()} | {name for name, _ in self.named_parameters()}
+        for part in self.config.trainable:
+            if part not in known and part not in MivpgConfig().trainable:
+                raise ValueError(f"config.trainable names {part!r}, but the model has no module or parameter of that name.")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+
+    def train(self, mode: bool = True):
+        """As in PyTorch, but frozen parts stay in eval mode."""
+        super().train(mode)
+        if mode:
+            keep_frozen_in_eval(self)
+        return self
+
+
+class MivpgQFormerModel(MivpgPreTrainedModel):
+    """BLIP-2's Q-Former with instances that are placed and correlated; the trunk of the method."""
+
+    config: MivpgQFormerConfig
+    config_class = MivpgQFormerConfig
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MivpgLayer,
+        "attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention")],
+        "cross_attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention")],
+    }
+
+    def __init__(self, config: MivpgQFormerConfig):
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = MivpgQFormerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """None: the Q-Former reads embeddings, not tokens."""
+
+    def train(self, mode: bool = True):
+        """As in PyTorch; the model around it decides what is frozen."""
+        return PreTrainedModel.train(self, mode)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        query_embeds: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        grid: InstanceGrid | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H)."""
+        dtype = self.layernorm.weight.dtype
+        learned_queries = self.dropout(self.layernorm(query_embeds.to(dtype)))
+        instances = encoder_hidden_states.to(dtype)
+        mask = encoder_attention_mask
+        if mask is None:
+            mask = torch.ones(instances.shape[:2], dtype=torch.long, device=instances.device)
+        cross_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=learned_queries,
+            attention_mask=mask,
+            encoder_hidden_states=instances,
+        )
+        queries = learned_queries
+        for layer in self.encoder.layer:
+            queries, instances = layer(
+                queries,
+                instances,
+                learned_queries,
+                instance_mask=encoder_attention_mask,
+                cross_attention_mask=cross_attention_mask,
+                grid=grid,
+                **kwargs,
+            )
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+
+# ── The captioner: visual prompts before a frozen language model ────────────────────────────────────────────────────
+
+
+@dataclass
+class MivpgOutput(ModelOutput):
+    """What `MivpgForConditionalGeneration` returns.
+
+    Attributes:
+        loss: Mean loss over the tokens of the captions, where `labels` were given.
+        logits: (B, T, vocabulary).
+        visual_prompts: (B, R, E), as the language model read them.
+        language_model_outputs: The language model's own output.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    visual_prompts: Tensor | None = None
+    language_model_outputs: ModelOutput | None = None
+
+
+class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
+    """MIVPG between a frozen vision model and a frozen language model: captions from bags of images.
+
+    With everything off and one image a bag it is `Blip2ForConditionalGeneration`, bit for bit, and loads its folders.
+
+    Args:
+        config: Sizes and options.
+        vision_model: A vision model that exists already; by default one is made from `config.vision_config`, if any.
+        language_model: Likewise.
+    """
+
+    accepts_loss_kwargs = True  # `num_items_in_batch`, see `forward`
+
+    def __init__(
+        self,
+        config: MivpgConfig,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        qformer_config, text_config = config.qformer_config, config.text_config
+        if vision_model is None and config.vision_config is not None:
+            vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model
+        self.patch_pooling = None
+        if config.patch_pooling in ("abmil", "gated_abmil"):
+            self.patch_pooling = AttentionPooling(
+                config.image_embeds_size, gated=config.patch_pooling == "gated_abmil"
+            )
+        self.instance_projection = None
+        if config.image_embeds_size != qformer_config.encoder_hidden_size:
+            self.instance_projection = nn.Sequential(
+                nn.LayerNorm(config.image_embeds_size),
+                nn.Linear(config.image_embeds_size, qformer_config.encoder_hidden_size),
+            )
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_config.hidden_size))
+        self.qformer = MivpgQFormerModel._from_config(qformer_config)
+        self.language_projection = nn.Linear(qformer_config.hidden_size, text_config.hidden_size)
+        if language_model is None:
+            language_model = language_model_class(text_config).from_config(text_config)
+        self.language_model = language_model
+        self._names_outside_base: set[str] = set()
+        self.post_init()
+        self.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.query_tokens, std=self.config.initializer_range)
+
+    # The language model's own, which generation and accelerate ask for.
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        """The language model's."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module):
+        """The language model's."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_encoder(self, modality=None) -> nn.Module:
+        """The language model's encoder, where it has one."""
+        return self.language_model.get_encoder() if modality is None else super().get_encoder(modality=modality)
+
+    # From a bag and a text to what the language model reads; `forward` and `generate` both go through here.
+
+    def language_model_ids(self, input_ids: Tensor) -> Tensor:
+        """Ids that the language model knows: an image mark outside its vocabulary becomes its pad token."""
+        mark = self.config.image_token_index
+        vocabulary = self.get_input_embeddings().num_embeddings
+        if mark is None or mark < vocabulary:
+            return input_ids
+        pad = self.config.text_config.pad_token_id
+        return input_ids.masked_fill(input_ids == mark, 0 if pad is None else pad)
+
+    def prepare_inputs_embeds(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_coords: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Text embeddings (B, T, E) whose image marks hold the visual prompts, and these prompts (B, R, E)."""
+        if (pixel_values is None) == (image_embeds is None):
+            raise ValueError("Pass either pixel_values or image_embeds.")
+        if image_embeds is None:
+            image_embeds = self.get_image_embeds(pixel_values, image_mask, interpolate_pos_encoding)
+        prompts = self.language_projection(self.get_visual_prompts(image_embeds, image_mask, image_coords).embeds)
+        if self.config.image_token_index is None:
+            raise ValueError("config.image_token_index is None: set it to the processor's image_token_id.")
+        is_mark = input_ids == self.config.image_token_index  # (B, T)
+        num_marks = is_mark.sum(dim=1)
+        if (num_marks != prompts.shape[1]).any():
+            raise ValueError(
+                f"Texts have {num_marks.tolist()} image marks, the model makes {prompts.shape[1]} visual prompts a bag."
+            )
+        inputs_embeds = self.get_input_embeddings()(self.language_model_ids(input_ids))
+        prompts = prompts.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_mark[..., None].to(inputs_embeds.device), prompts), prompts
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_coords: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> MivpgOutput:
+        """Logits of the text, and the loss of the caption.
+
+        Args:
+            input_ids: (B, T), with R image marks a row.
+            pixel_values: (B, N, 3, h, w), or
+            image_embeds: (B, N, P, D), what the vision model made of the images before.
+            image_mask: (B, N), 1 = real image; padding stands at the end.
+            image_coords: (B, N, 2), x and y of each image where they are known.
+            attention_mask: (B, T), 1 = real token.
+            labels: (B, T), or (B, length of the caption) for an encoder-decoder; -100 is ignored.
+            decoder_input_ids: For an encoder-decoder; by default the labels, shifted.
+            decoder_attention_mask: For an encoder-decoder.
+            interpolate_pos_encoding: For images of another size than the vision model's.
+            num_items_in_batch: Number of caption tokens in all the batches that make one step. The loss is then the
+                summed token loss divided by it, so that the size of a batch does not change the loss of a step.
+            **kwargs: For the language model.
+
+        Raises:
+            ValueError: Shapes or numbers of image marks that do not fit together; the message has both.
+        """
+        inputs_embeds, prompts = self.prepare_inputs_embeds(
+            input_ids, pixel_values, image_embeds, image_mask, image_coords, interpolate_pos_encoding
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.is_gradient_checkpointing and self.training:
+            kwargs["use_cache"] = False
+        if self.config.is_encoder_decoder:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                labels=labels,
+                return_dict=True,
+                **kwargs,
+            )
+            logits, loss = outputs.logits, outputs.loss
+            if labels is not None and num_items_in_batch is not None:
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum")
+                loss = loss / num_items_in_batch
+        else:
+            outputs = self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+            logits, loss = outputs.logits, None
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=labels.to(logits.device),
+                    vocab_size=self.config.text_config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                )
+        return MivpgOutput(loss=loss, logits=logits, visual_prompts=prompts, language_model_outputs=outputs)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_coords: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **generate_kwargs,
+    ):
+        """Writes captions; what `Blip2ForConditionalGeneration.generate` returns, from the same arguments as `forward`.
+
+        Args:
+            input_ids: (B, T), with R image marks a row; padded on the left for a decoder-only model.
+            pixel_values: (B, N, 3, h, w), or `image_embeds` (B, N, P, D); with image_mask, image_coords as in `forward`.
+            attention_mask: (B, T), 1 = real token.
+            **generate_kwargs: All that transformers' `generate` takes. Give `max_new_tokens`, not `max_length`, which
+                would count the prompts.
+
+        Returns:
+            Token ids; those of a decoder-only model begin with the prompt, whose image marks are the pad token where
+            the model does not know them.
+        """
+        inputs_embeds, _ = self.prepare_inputs_embeds(
+            input_ids, pixel_values, image_embeds, image_mask, image_coords, interpolate_pos_encoding
+        )
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+        }
+        if not self.config.is_encoder_decoder:
+            inputs["input_ids"] = self.language_model_ids(input_ids)
+        if self.config.caption_end_token_id is not None:
+            generate_kwargs.setdefault("eos_token_id", self.config.caption_end_token_id)
+        return self.language_model.generate(**inputs, **generate_kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+        """Recomputes every block in the backward pass, the frozen ones too.
+
+        transformers recomputes what is in training mode only, but the frozen language model, which holds most of the
+        activations, stays in eval mode.
+        """
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module) and is_frozen(module):
+                module.forward = recomputed(module.forward)  # type: ignore[method-assign]
+
+    def gradient_checkpointing_disable(self):
+        """Undoes `gradient_checkpointing_enable`."""
+        super().gradient_checkpointing_disable()
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                vars(module).pop("forward", None)
+
+    # Loading and saving (DESIGN: a checkpoint is what trained, and where the rest comes from).
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
+        """Loads a BLIP-2 folder, a checkpoint of ours (with the base it names), or a whole model of ours.
+
+        Args:
+            pretrained_model_name_or_path: A folder or a Hub id.
+            config: Instead of the folder's own.
+            base: For a checkpoint whose base has moved: where it is now, by part, e.g. `{"model": "path"}`.
+            **kwargs: All that transformers takes (`dtype`, `device_map`, `quantization_config`, …), and fields of
+                `MivpgConfig` and `MivpgQFormerConfig` to override, e.g. `instance_correlation="csa"`.
+
+        Raises:
+            MivpgError: The folder holds no model that we know, or a checkpoint's base is absent or differs.
+        """
+        hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
+        path = os.fspath(pretrained_model_name_or_path)
+        if config is None:
+            config, kwargs = load_config(path, kwargs, hub_kwargs)
+        if config.base is not None:
+            return cls._from_checkpoint(path, config, base or {}, kwargs, hub_kwargs)
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+        model.freeze()
+        model.eval()
+        missing = set(info["missing_keys"])
+        if frozen := sorted(name for name in missing if name.startswith(("vision_model.", "language_model."))):
+            raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
+        model._names_outside_base = missing
+        model.config.base = {"model": locate_base(path, hub_kwargs.get("revision"))}
+        return (model, info) if want_info else model
+
+    @classmethod
+    def from_vision_language_pretrained(
+        cls,
+        vision: str | os.PathLike | None,
+        language: str | os.PathLike,
+        *,
+        image_embeds_size: int | None = None,
+        num_prefix_tokens: int | None = None,
+        qformer_config: MivpgQFormerConfig | Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> "MivpgForConditionalGeneration":
+        """A new MIVPG between any vision and any language model of transformers.
+
+        Args:
+            vision: Folder or Hub id of a model with a fixed number of tokens an image, or a feature map (a ResNet's);
+                of one with several towers (CLIP) the vision tower is taken. None: image embeddings come from elsewhere.
+            language: Folder or Hub id of a causal or an encoder-decoder language model.
+            image_embeds_size: D, needed where there is no vision model.
+            num_prefix_tokens: By default counted: the vision model's tokens less its patches.
+            qformer_config: Sizes of the new Q-Former; its instances get the width D.
+            revision: For the language model on the Hub.
+            **kwargs: Fields of `MivpgConfig` and `MivpgQFormerConfig`; the rest (`dtype`, `device_map`,
+                `quantization_config`, …) goes to transformers for both models.
+        """
+        config_fields = {k: kwargs.pop(k) for k in list(kwargs) if k in CONFIG_FIELDS}
+        qformer_fields = {k: kwargs.pop(k) for k in list(kwargs) if k in MivpgQFormerConfig.options()}
+        vision_model = None
+        if vision is not None:
+            vision_model = load_vision_model(vision, **kwargs)
+            num_tokens, num_patches, width = vision_output_shape(vision_model.config)
+            image_embeds_size = width
+            if num_prefix_tokens is None:
+                num_prefix_tokens = num_tokens - num_patches
+        elif image_embeds_size is None:
+            raise ValueError("Without a vision model, image_embeds_size has to say how wide the image embeddings are.")
+        text_config = AutoConfig.from_pretrained(language, revision=revision)
+        language_model = language_model_class(text_config).from_pretrained(language, revision=revision, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(language, revision=revision)
+        if isinstance(qformer_config, MivpgQFormerConfig):
+            qformer_config = qformer_config.to_dict()
+        config = cls.config_class(
+            vision_config=None if vision_model is None else vision_model.config.to_dict(),
+            qformer_config=dict(qformer_config or {}) | qformer_fields,
+            text_config=language_model.config.to_dict(),
+            image_embeds_size=image_embeds_size,
+            num_prefix_tokens=1 if num_prefix_tokens is None else num_prefix_tokens,
+            **{"image_token_index": image_token_id(tokenizer)} | config_fields,
+        )
+        config._attn_implementation = kwargs.get("attn_implementation", config._attn_implementation)
+        model = cls(config, vision_model=vision_model, language_model=language_model)
+        model.eval()
+        model._names_outside_base = {
+            name for name, _ in model.named_parameters() if not name.startswith(("vision_model.", "language_model."))
+        }
+        model.config.base = {"language_model": locate_base(language, revision)}
+        if vision is not None:
+            model.config.base["vision_model"] = locate_base(vision, None)
+        return model
+
+    @classmethod
+    def _from_checkpoint(cls, path: str, config: MivpgConfig, moved: Mapping[str, str], kwargs: dict, hub_kwargs: dict):
+        """The base that a checkpoint names, checked, and over it the weights that trained."""
+        checkpoint_base = config.base
+        parts = {name: moved.get(name, entry["path"]) for name, entry in checkpoint_base.items()}
+        for name, entry in checkpoint_base.items():
+            verify_base(path, name, entry | {"path": parts[name]})
+        config.base = None
+        revisions = {name: entry.get("revision") for name, entry in checkpoint_base.items()}
+        if "model" in parts:
+            kwargs.pop("revision", None)
+            kwargs.pop("output_loading_info", None)
+            model = cls.from_pretrained(parts["model"], config=config, revision=revisions["model"] or "main", **kwargs)
+        else:
+            vision_model = None
+            if "vision_model" in parts:
+                vision_model = load_vision_model(parts["vision_model"], **kwargs)
+            language_model = language_model_class(config.text_config).from_pretrained(
+                parts["language_model"], config=config.text_config, revision=revisions["language_model"] or "main", **kwargs
+            )
+            model = cls(config, vision_model=vision_model, language_model=language_model)
+            model._names_outside_base = {
+                n for n, _ in model.named_parameters() if not n.startswith(("vision_model.", "language_model."))
+            }
+        model.config.base = {name: entry | {"path": parts[name]} for name, entry in checkpoint_base.items()}
+        model.load_trained(path, **hub_kwargs)
+        model.eval()
+        return model
+
+    def saved_names(self) -> set[str]:
+        """Names of the parameters that a checkpoint holds: what trains, and what the base does not have."""
+        return {name for name, _ in self.named_parameters() if self.trains(name)} | self._names_outside_base
+
+    def trained_state_dict(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint holds."""
+        names = self.saved_names()
+        return {name: parameter.detach() for name, parameter in self.named_parameters() if name in names}
+
+    def save_trained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None):
+        """Writes a checkpoint: what trained, and in `config.json` which base the rest comes from.
+
+        Args:
+            directory: Made where it does not exist.
+            state_dict: The weights where the model does not hold them whole (FSDP); by default `trained_state_dict()`.
+
+        Raises:
+            MivpgError: The model has no base that could be named; `save_pretrained` writes all of it.
+        """
+        if self.config.base is None:
+            raise MivpgError(f"{directory}: this model was not loaded from anywhere; save it whole with save_pretrained.")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.config.base = describe_base(self.config.base)
+        self.config.architectures = [type(self).__name__]
+        self.config.save_pretrained(directory)
+        self.generation_config.save_pretrained(directory)
+        weights = self.trained_state_dict() if state_dict is None else state_dict
+        names = self.saved_names()
+        weights = {name: weight.contiguous() for name, weight in weights.items() if name in names}
+        file = directory / "model.safetensors"
+        save_file(weights, file, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        file.chmod(0o666 & ~mask)  # safetensors writes 0600
+
+    def load_trained(self, directory: str | os.PathLike, **hub_kwargs):
+        """Loads the weights of a checkpoint into this model.
+
+        Raises:
+            MivpgError: A weight is missing, or one is there that the model has no place for.
+        """
+        file = Path(directory) / "model.safetensors"
+        if not file.is_file():
+            from transformers.utils import cached_file
+
+            file = Path(cached_file(os.fspath(directory), "model.safetensors", **hub_kwargs))
+        weights = load_file(file)
+        names = self.saved_names()
+        if missing := sorted(names - weights.keys()):
+            raise MivpgError(f"{file}: {len(missing)} trained weights are missing, first {missing[0]}.")
+        if unknown := sorted(weights.keys() - names):
+            raise MivpgError(f"{file}: {len(unknown)} weights have no place in this model, first {unknown[0]}.")
+        self.load_state_dict(weights, strict=False)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Writes the whole model, base and all, for sharing; `save_trained` writes only what trained."""
+        base, self.config.base = self.config.base, None
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.base = base
+
+
+# ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CONFIG_FIELDS = (
+    "num_query_tokens",
+    "image_token_index",
+    "patch_pooling",
+    "trainable",
+    "caption_end_token_id",
+    "initializer_range",
+)
+"""Fields of `MivpgConfig` that a loader takes beside transformers' own arguments."""
+
+
+def scatter_real(values: Tensor, image_mask: Tensor) -> Tensor:
+    """Puts what was computed for real images (n, …) back into bags (B, N, …) whose padding is zero."""
+    bags = values.new_zeros(*image_mask.shape, *values.shape[1:])
+    return bags.masked_scatter(image_mask.bool().reshape(*image_mask.shape, *[1] * (values.ndim - 1)), values)
+
+
+def lattice_cells(coords: Tensor) -> Tensor:
+    """Row and column (n, 2) of places (n, 2) = x, y on a lattice whose step is the smallest gap on each axis.
+
+    Raises:
+        ValueError: Two images in one cell.
+    """
+    cells = []
+    for axis in (1, 0):  # rows are y, columns are x
+        values = coords[:, axis].double()
+        gaps = values.unique().diff()
+        pitch = gaps.min() if len(gaps) else values.new_ones(())
+        cells.append(((values - values.min()) / pitch).round().long())
+    cells = torch.stack(cells, dim=1)
+    if len(cells.unique(dim=0)) < len(cells):
+        raise ValueError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
+    return cells
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters and none of them trains."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def keep_frozen_in_eval(module: nn.Module):
+    """Puts every part that is frozen as a whole into eval mode, with the dropouts it holds."""
+    for child in module.children():
+        if is_frozen(child):
+            child.eval()
+        else:
+            keep_frozen_in_eval(child)
+
+
+def recomputed(forward: Callable) -> Callable:
+    """A block's `forward` that keeps its inputs only and runs again in the backward pass."""
+
+    def forward_with_checkpoint(*args, **kwargs):
+        if torch.is_grad_enabled():
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return forward(*args, **kwargs)
+
+    return forward_with_checkpoint
+
+
+def language_model_class(config: PreTrainedConfig) -> type:
+    """Decoder-only unless the configuration says otherwise (BLIP-2's own rule takes BART for decoder-only)."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def image_token_id(tokenizer) -> int:
+    """Id of the image mark: the tokenizer's own, or the first that it does not use."""
+    known = tokenizer.get_vocab()
+    return known[IMAGE_TOKEN] if IMAGE_TOKEN in known else len(tokenizer)
+
+
+def load_vision_model(vision: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A vision model, or the vision tower of a model that has several."""
+    config = AutoConfig.from_pretrained(vision)
+    tower = getattr(config, "vision_config", None)
+    if tower is None:
+        return AutoModel.from_pretrained(vision, **kwargs)
+    return MODEL_MAPPING[type(tower)].from_pretrained(vision, config=tower, **kwargs)
+
+
+def vision_output_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """Tokens an image, patches among them, and width D, by running the model on no data (PyTorch's meta device)."""
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+        output = model(torch.empty(1, 3, height, width)).last_hidden_state
+    if output.ndim == 4:  # a feature map (1, D, rows, columns)
+        num_tokens = output.shape[2] * output.shape[3]
+        return num_tokens, num_tokens, output.shape[1]
+    patch = config.patch_size
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    return output.shape[1], (height // rows) * (width // columns), output.shape[2]
+
+
+def load_config(path: str, kwargs: dict, hub_kwargs: dict) -> tuple[MivpgConfig, dict]:
+    """The configuration in a folder of ours or of BLIP-2's with the overrides in `kwargs`, and the other kwargs."""
+    fields = {k: kwargs[k] for k in kwargs if k in CONFIG_FIELDS or k in MivpgQFormerConfig.options()}
+    kwargs = {k: v for k, v in kwargs.items() if k not in fields}
+    try:
+        config = AutoConfig.from_pretrained(path, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise MivpgError(
+            f"{path}: no model here (a folder or Hub id with a config.json of BLIP-2 or MIVPG was expected): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(config, Blip2Config):
+        return MivpgConfig.from_blip2(config, **fields), kwargs
+    if not isinstance(config, MivpgConfig):
+        raise MivpgError(f"{path}: a model of type {config.model_type!r}; BLIP-2 or MIVPG was expected.")
+    for name, value in fields.items():
+        setattr(config.qformer_config if name in MivpgQFormerConfig.options() else config, name, value)
+    return config, kwargs
+
+
+AutoConfig.register("mivpg", MivpgConfig)
+AutoConfig.register("mivpg_qformer", MivpgQFormerConfig)
+AutoModel.register(MivpgQFormerConfig, MivpgQFormerModel)
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transformers leaves it out of its list
+
+__all__ = [
+    "MivpgForConditionalGeneration",
+    "MivpgOutput",
+    "MivpgPreTrainedModel",
+    "MivpgQFormerModel",
+    "VisualPrompts",
+]
