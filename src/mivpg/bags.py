@@ -9,9 +9,10 @@ What is random in training is a function of (seed, epoch, index), so a resumed r
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from torch.utils.data import Dataset, Sampler
 from mivpg.errors import BagError, MivpgError
 from mivpg.images import open_image
 
-SPLITS = ("train", "val", "test", "all")
+Split = Literal["train", "val", "test", "all"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 BLOCKS_PER_WINDOW = 100
 """Bags are sorted by size inside windows of this many blocks. On bags of 1 to 1860 patches in blocks of 8 a window of
@@ -42,7 +44,7 @@ class Sample:
     features: Path | None = None
     """A file that `read_features` reads, instead of images."""
     image_coords: tuple[tuple[float, float], ...] | None = None
-    """x and y of each image, where positions are known."""
+    """x and y of each image, where positions are known; those in a features file go before."""
     captions: tuple[str, ...] = ()
     """The references, each a description of the whole bag."""
     prompt: str | None = None
@@ -51,8 +53,8 @@ class Sample:
     """A class, such as the product type, for the label-based floor of an evaluation."""
     group: str | None = None
     """What must not be divided between splits, such as a patient."""
-    split: str | None = None
-    """One of `SPLITS`; None = the data set has no splits."""
+    split: Split | None = None
+    """Where the bag belongs, "all" = in each; None = the data set has no splits."""
 
 
 @dataclass(kw_only=True)
@@ -106,10 +108,10 @@ def assign_splits(
 
     end_of_train = round(fractions[0] * len(samples))
     end_of_val = round((fractions[0] + fractions[1]) * len(samples))
-    splits: dict[str, str] = {}
+    splits: dict[str, Split] = {}
     for unit in order:
         position = len(splits)
-        split = "train" if position < end_of_train else "val" if position < end_of_val else "test"
+        split: Split = "train" if position < end_of_train else "val" if position < end_of_val else "test"
         splits.update((sample.id, split) for sample in units[unit])
     return [replace(sample, split=splits[sample.id]) for sample in samples]
 
@@ -123,7 +125,7 @@ def features_shape(path: Path) -> tuple[int, int, int]:
     if path.suffix == ".npy":
         return _checked_shape(path, _open_npy(path).shape)
     with _open_safetensors(path) as file:
-        return _checked_shape(path, tuple(file.get_slice("image_embeds").get_shape()))
+        return _shape_in(path, file)
 
 
 def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
@@ -142,46 +144,73 @@ def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
     coords = None
     if path.suffix == ".npy":
         array = _open_npy(path)
-        features_shape(path)
-        image_embeds = torch.from_numpy(np.array(array, dtype=np.float32))
+        shape = _checked_shape(path, array.shape)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinity and is refused below
+            image_embeds = torch.from_numpy(array.astype(np.float32))
     else:
         with _open_safetensors(path) as file:
-            image_embeds = file.get_tensor("image_embeds").float()
-            if "coords" in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            shape = _shape_in(path, file)
+            image_embeds = file.get_tensor("image_embeds")
+            if not image_embeds.is_floating_point():
+                raise BagError(f"{path}: image_embeds is {image_embeds.dtype}, expected floating-point features.")
+            image_embeds = image_embeds.float()
+            if _has_coords(file):
                 coords = file.get_tensor("coords").float()
-    num_images, num_patches, width = _checked_shape(path, tuple(image_embeds.shape))
-    if coords is not None and coords.shape != (num_images, 2):
-        raise BagError(f"{path}: coords is {tuple(coords.shape)}, expected ({num_images}, 2), a position an image.")
     if not torch.isfinite(image_embeds).all():
-        raise BagError(f"{path}: image_embeds holds NaN or infinity, expected finite features.")
-    return image_embeds.reshape(num_images, num_patches, width), coords
+        raise BagError(f"{path}: the features hold NaN or infinity, expected finite numbers.")
+    if coords is not None and not torch.isfinite(coords).all():
+        raise BagError(f"{path}: coords hold NaN or infinity, expected finite numbers.")
+    return image_embeds.reshape(shape), coords
 
 
 def _open_npy(path: Path) -> np.ndarray:
+    """Maps the file into memory, which reads its header only and cannot hold pickled objects."""
+    _check_is_file(path)
     try:
-        return np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as error:
-        raise BagError(f"{path}: {_one_line(error)}; expected a .npy file of (N, D) or (N, P, D) numbers.") from None
+        raise BagError(f"{path} is no readable .npy file of numbers: {_one_line(error)}.") from None
+    if not np.issubdtype(array.dtype, np.floating):
+        raise BagError(f"{path} holds {array.dtype}, expected floating-point features.")
+    return array
 
 
 def _open_safetensors(path: Path) -> Any:
     if path.suffix != ".safetensors":
         raise BagError(f"{path} ends in {path.suffix!r}, expected a features file, .safetensors or .npy.")
+    _check_is_file(path)
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise BagError(f"{path}: {_one_line(error)}; expected a safetensors file holding image_embeds.") from None
+        raise BagError(f"{path} is no readable safetensors file: {_one_line(error)}.") from None
     if "image_embeds" not in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
         raise BagError(f"{path} holds {', '.join(sorted(file.keys()))}, expected a tensor named image_embeds.")
     return file
 
 
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():
+        raise BagError(f"{path} does not exist or is not a file, expected stored features.")
+
+
+def _has_coords(file: Any) -> bool:
+    return "coords" in file.keys()  # noqa: SIM118 (a safetensors file is no mapping)
+
+
+def _shape_in(path: Path, file: Any) -> tuple[int, int, int]:
+    shape = _checked_shape(path, tuple(file.get_slice("image_embeds").get_shape()))
+    if _has_coords(file):
+        coords_shape = tuple(file.get_slice("coords").get_shape())
+        if coords_shape != (shape[0], 2):
+            raise BagError(f"{path}: coords is {coords_shape}, expected ({shape[0]}, 2), one x, y an image.")
+    return shape
+
+
 def _checked_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) == 2:
-        shape = (shape[0], 1, shape[1])
-    if len(shape) != 3 or 0 in shape:
+    with_patches = (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+    if len(with_patches) != 3 or 0 in with_patches:
         raise BagError(f"{path}: features are {shape}, expected (N, D) or (N, P, D) with N, P, D of at least 1.")
-    return shape[0], shape[1], shape[2]
+    return with_patches[0], with_patches[1], with_patches[2]
 
 
 def _one_line(error: Exception) -> str:
@@ -202,46 +231,63 @@ def check_bags(samples: Iterable[Sample]) -> None:
     first: Sample | None = None
     first_kind = ""
     for sample in samples:
-        _check_record(sample)
-        if not sample.captions:
-            raise BagError(f"bag {sample.id!r} has no caption, expected at least one to train on.")
-        for path in sample.images:
-            if not path.is_file():
-                raise BagError(f"bag {sample.id!r}: image {path} does not exist.")
-        kind = _kind_of_sample(sample)
+        with _naming(sample):
+            _check_record(sample)
+            _check_has_caption(sample)
+            for path in sample.images:
+                if not path.is_file():
+                    raise BagError(f"{path} does not exist, expected a picture.")
+            kind = _kind_of_sample(sample)
         if first is None:
             first, first_kind = sample, kind
         elif kind != first_kind:
             raise BagError(_mixed(first.id, first_kind, sample.id, kind))
 
 
+@contextmanager
+def _naming(sample: Sample) -> Iterator[None]:
+    """Puts the bag's id before what is wrong with it."""
+    try:
+        yield
+    except BagError as error:
+        raise BagError(f"bag {sample.id!r}: {error}") from None
+
+
 def _check_record(sample: Sample) -> None:
-    """Raises for what can be told from the record alone."""
     if sample.images and sample.features is not None:
-        raise BagError(f"bag {sample.id!r} has both images and features, expected one of them.")
+        raise BagError("both images and features, expected one of them.")
     if not sample.images and sample.features is None:
-        raise BagError(f"bag {sample.id!r} has no image, expected at least one (or a features file).")
+        raise BagError("no image, expected at least one (or a features file).")
     if any(not caption.strip() for caption in sample.captions):
-        raise BagError(f"bag {sample.id!r} has an empty caption; fill it in or leave it out.")
-    if sample.images and sample.image_coords is not None and len(sample.image_coords) != len(sample.images):
-        raise BagError(
-            f"bag {sample.id!r} has {len(sample.images)} images and {len(sample.image_coords)} coordinates, "
-            "expected one x, y for each image."
-        )
+        raise BagError("an empty caption; fill it in or leave it out.")
+    if sample.image_coords is not None and len(sample.image_coords) != bag_size(sample):
+        raise BagError(f"{bag_size(sample)} images and {len(sample.image_coords)} coordinates, expected as many.")
+
+
+def _check_has_caption(sample: Sample) -> None:
+    if not sample.captions:
+        raise BagError("no caption, expected at least one to train on.")
 
 
 def _kind_of_sample(sample: Sample) -> str:
+    coords = sample.image_coords is not None
     if sample.features is None:
-        return "images"
-    _, num_patches, width = features_shape(sample.features)
-    return f"features (N, {num_patches}, {width})"
+        return _kind(None, coords)
+    shape = features_shape(sample.features)
+    if sample.features.suffix == ".safetensors":
+        with _open_safetensors(sample.features) as file:
+            coords = coords or _has_coords(file)
+    return _kind(shape, coords)
 
 
 def _kind_of_bag(bag: Bag) -> str:
-    coords = "" if bag.image_coords is None else " with coordinates"
-    if bag.image_embeds is None:
-        return f"images{coords}"
-    return f"features (N, {bag.image_embeds.shape[1]}, {bag.image_embeds.shape[2]}){coords}"
+    return _kind(None if bag.image_embeds is None else bag.image_embeds.shape, bag.image_coords is not None)
+
+
+def _kind(shape: Sequence[int] | None, coords: bool) -> str:
+    """What all bags of a batch have to share, in words."""
+    kind = "images" if shape is None else f"features (N, {shape[1]}, {shape[2]})"
+    return f"{kind} with coordinates" if coords else kind
 
 
 def _mixed(first_id: str, first_kind: str, other_id: str, other_kind: str) -> str:
@@ -278,35 +324,27 @@ class BagDataset(Dataset):
         """
         epoch, index = (0, index) if isinstance(index, int) else index
         sample = self.samples[index]
-        _check_record(sample)
-        images, image_embeds, coords = None, None, None
-        try:
+        images, image_embeds, coords, caption = None, None, None, None
+        with _naming(sample):
+            _check_record(sample)
             if sample.features is None:
                 images = [open_image(path) for path in sample.images]
             else:
                 image_embeds, coords = read_features(sample.features)
-        except BagError as error:
-            raise BagError(f"bag {sample.id!r}: {error}") from None
-        if coords is None and sample.image_coords is not None:
-            coords = torch.tensor(sample.image_coords, dtype=torch.float32)  # (N, 2)
-            if image_embeds is not None and len(coords) != len(image_embeds):
-                raise BagError(
-                    f"bag {sample.id!r} has {len(image_embeds)} rows of features and {len(coords)} coordinates, "
-                    "expected one x, y for each row."
-                )
+            if coords is None and sample.image_coords is not None:
+                coords = torch.tensor(sample.image_coords, dtype=torch.float32)  # (N, 2)
+            if self.training:
+                _check_has_caption(sample)
+                caption = random.Random(f"{self.seed} {epoch} {index}").choice(sample.captions)
+        prompt = self.prompt if sample.prompt is None else sample.prompt
         return Bag(
             id=sample.id,
             images=images,
             image_embeds=image_embeds,
             image_coords=coords,
-            prompt=self.prompt if sample.prompt is None else sample.prompt,
-            caption=self._draw_caption(sample, epoch, index) if self.training else None,
+            prompt=prompt,
+            caption=caption,
         )
-
-    def _draw_caption(self, sample: Sample, epoch: int, index: int) -> str:
-        if not sample.captions:
-            raise BagError(f"bag {sample.id!r} has no caption, expected at least one to train on.")
-        return random.Random(f"{self.seed} {epoch} {index}").choice(sample.captions)
 
 
 class BagSampler(Sampler[tuple[int, int]]):
@@ -395,6 +433,7 @@ class BagCollator:
         image_embeds = [bag.image_embeds for bag in bags if bag.image_embeds is not None]
         image_coords = [bag.image_coords for bag in bags if bag.image_coords is not None]
         captions = [bag.caption for bag in bags if bag.caption is not None]
+        assert not self.training or len(captions) == len(bags), "the data set was not made with training=True"
         return self.processor(
             images=images or None,
             image_embeds=image_embeds or None,

@@ -1,0 +1,198 @@
+"""The user's own data: a JSON lines or CSV file with one bag a line.
+
+    {"id": "sofa-1", "images": ["sofa-1/front.jpg", "sofa-1/side.jpg"], "captions": ["a two seater sofa"]}
+
+Besides `id` every field may be left out: `images` or `features` (a file that `read_features` reads), `coords` ([x, y]
+for each image), `captions`, `prompt`, `label`, `group` and `split`. Paths are relative to the file. A CSV file names
+the fields in its first line, puts `;` between images and `|` between captions, and has no `coords`.
+
+What is wrong with the file is found here; what is wrong with one bag (no image, a file that cannot be read, an empty
+caption) is found when that bag is opened, so that one bad bag does not stop a run over thousands.
+"""
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mivpg.bags import SPLITS, Sample, Split, assign_splits
+from mivpg.errors import MivpgError
+
+CSV_FIELDS = ("id", "images", "features", "captions", "prompt", "label", "group", "split")
+FIELDS = (*CSV_FIELDS, "coords")
+
+
+@dataclass(kw_only=True)
+class BagFileConfig:
+    """A bag file."""
+
+    path: Path
+    """A `.jsonl` or `.csv` file."""
+    split_seed: int | None = None
+    """Draw train, val and test at random, 70/10/20, groups kept whole; None = as the file says."""
+
+    def load(self) -> list[Sample]:
+        """Reads the file.
+
+        Raises:
+            MivpgError: As `load_bag_file`, or the file has splits and so has `split_seed`.
+        """
+        samples = load_bag_file(self.path)
+        if self.split_seed is None:
+            return samples
+        for sample in samples:
+            if sample.split is not None:
+                raise MivpgError(f"{self.path}: bag {sample.id!r} has a split; leave out split_seed or the splits.")
+        return assign_splits(samples, seed=self.split_seed)
+
+
+def load_bag_file(path: Path) -> list[Sample]:
+    """Reads a bag file; images and features stay closed.
+
+    Raises:
+        MivpgError: The file cannot be read, holds no bag, or a line is not as the module says.
+    """
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise MivpgError(f"{path} ends in {path.suffix!r}, expected a bag file, {' or '.join(readers)}.")
+    lines: dict[str, int] = {}
+    samples = []
+    try:
+        for line, record in readers[path.suffix](path):
+            try:
+                sample = _sample(record, path.parent)
+            except MivpgError as error:
+                raise MivpgError(f"{path}, line {line}: {error}") from None
+            first_line = lines.setdefault(sample.id, line)
+            if first_line != line:
+                raise MivpgError(f"{path}, line {line}: id {sample.id!r} stands on line {first_line} already.")
+            samples.append(sample)
+    except OSError as error:
+        raise MivpgError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise MivpgError(f"{path} is not UTF-8; save it in that encoding.") from None
+    if not samples:
+        raise MivpgError(f"{path} holds no bag, expected one a line.")
+    _check_splits(path, samples)
+    return samples
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise MivpgError(f"{path}, line {number} is not JSON: {error}.") from None
+            if not isinstance(record, dict):
+                raise MivpgError(f'{path}, line {number} is no object, expected {{"id": …, "images": […]}}.')
+            yield number, record
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = next(rows, [])
+            _check_fields(header, CSV_FIELDS)
+            if len(set(header)) != len(header):
+                raise MivpgError("a column occurs twice.")
+            for row in rows:
+                if not row:
+                    continue
+                if len(row) != len(header):
+                    raise MivpgError(f"{len(row)} columns, expected {len(header)} as in the first line.")
+                record: dict[str, Any] = {field: text for field, text in zip(header, row, strict=True) if text}
+                if "images" in record:
+                    record["images"] = [image.strip() for image in record["images"].split(";") if image.strip()]
+                if "captions" in record:
+                    record["captions"] = [caption.strip() for caption in record["captions"].split("|")]
+                yield rows.line_num, record
+        except (csv.Error, MivpgError) as error:
+            raise MivpgError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+def _check_fields(names: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}."
+            raise MivpgError(f"unknown field {name!r}, {hint}")
+
+
+def _sample(record: dict[str, Any], folder: Path) -> Sample:
+    _check_fields(record, FIELDS)
+    bag_id = _text(record, "id")
+    if not bag_id:
+        raise MivpgError("no id, expected a text that no other bag has.")
+    features = _text(record, "features")
+    return Sample(
+        id=bag_id,
+        images=tuple(folder / image for image in _texts(record, "images")),
+        features=None if features is None else folder / features,
+        image_coords=_coords(record),
+        captions=_texts(record, "captions"),
+        prompt=_text(record, "prompt"),
+        label=_text(record, "label"),
+        group=_text(record, "group"),
+        split=_split(record),
+    )
+
+
+def _text(record: dict[str, Any], field: str) -> str | None:
+    value = record.get(field)
+    if isinstance(value, int) and not isinstance(value, bool):  # an id or a label that happens to be a number
+        return str(value)
+    if value is not None and not isinstance(value, str):
+        raise MivpgError(f"{field} is {value!r}, expected a text.")
+    return value
+
+
+def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
+    value = record.get(field)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise MivpgError(f"{field} is {value!r}, expected a list of texts.")
+    return tuple(value)
+
+
+def _coords(record: dict[str, Any]) -> tuple[tuple[float, float], ...] | None:
+    value = record.get("coords")
+    if value is None:
+        return None
+    try:
+        return tuple((float(x), float(y)) for x, y in value)
+    except (TypeError, ValueError):
+        raise MivpgError(f"coords is {value!r}, expected a list of [x, y].") from None
+
+
+def _split(record: dict[str, Any]) -> Split | None:
+    text = _text(record, "split")
+    for split in SPLITS:
+        if text == split:
+            return split
+    if text is not None:
+        raise MivpgError(f"split is {text!r}, expected {', '.join(SPLITS)}.")
+    return None
+
+
+def _check_splits(path: Path, samples: list[Sample]) -> None:
+    """Every bag has a split or none has, and a group has one: else what is tested on may have been trained on."""
+    first_of_group: dict[str, Sample] = {}
+    for sample in samples:
+        if (sample.split is None) != (samples[0].split is None):
+            with_split, without = (sample, samples[0]) if sample.split else (samples[0], sample)
+            raise MivpgError(f"{path}: bag {with_split.id!r} has a split and bag {without.id!r} has none.")
+        if sample.group is not None:
+            first = first_of_group.setdefault(sample.group, sample)
+            if first.split != sample.split:
+                raise MivpgError(
+                    f"{path}: group {sample.group!r} is in two splits, {first.split} (bag {first.id!r}) and "
+                    f"{sample.split} (bag {sample.id!r})."
+                )
