@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
+from transformers import AddedToken, AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 PatchPooling = Literal["none", "cls", "abmil", "gated_abmil", "mean", "max"]
@@ -149,6 +149,13 @@ class MivpgConfig(PreTrainedConfig):
             image_token_index=config.image_token_index,
             **{"dtype": config.dtype} | options,
         )
+
+
+def add_image_token(tokenizer) -> int:
+    """Id of the image mark, which a tokenizer without one gets; the language model is not resized for it."""
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
 __all__ = ["MivpgConfig", "MivpgQFormerConfig"]

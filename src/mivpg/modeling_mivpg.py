@@ -54,7 +54,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mivpg.checkpoints import describe_base, locate_base, verify_base
-from mivpg.configuration_mivpg import IMAGE_TOKEN, MivpgConfig, MivpgQFormerConfig
+from mivpg.configuration_mivpg import MivpgConfig, MivpgQFormerConfig, add_image_token
 from mivpg.errors import MivpgError
 
 ABMIL_HIDDEN_SIZE = 128
@@ -793,6 +793,7 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
             language_model = language_model_class(text_config).from_config(text_config)
         self.language_model = language_model
         self._names_outside_base: set[str] = set()
+        self._recomputes = False
         self.post_init()
         self.freeze()
 
@@ -902,7 +903,7 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
         )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if self.is_gradient_checkpointing and self.training:
+        if self._recomputes and self.training:
             kwargs["use_cache"] = False
         if self.config.is_encoder_decoder:
             outputs = self.language_model(
@@ -970,25 +971,21 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
             generate_kwargs.setdefault("eos_token_id", self.config.caption_end_token_id)
         return self.language_model.generate(**inputs, **generate_kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs):
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         """Recomputes every block in the backward pass, the frozen ones too.
 
         transformers recomputes what is in training mode only, but the frozen language model, which holds most of the
         activations, stays in eval mode.
         """
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-        for module in self.modules():
-            if isinstance(module, GradientCheckpointingLayer) and "forward" not in vars(module) and is_frozen(module):
-                module.forward = recomputed(module.forward)  # type: ignore[method-assign]
-
-    def gradient_checkpointing_disable(self):
-        """Undoes `gradient_checkpointing_enable`."""
-        super().gradient_checkpointing_disable()
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        self._recomputes = enable
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 vars(module).pop("forward", None)
+                if enable and is_frozen(module):
+                    module.forward = recomputed(module.forward)  # type: ignore[method-assign]
 
-    # Loading and saving (DESIGN: a checkpoint is what trained, and where the rest comes from).
+    # Loading and saving: a checkpoint is what trained, and the name of where the rest comes from.
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
@@ -1068,7 +1065,7 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
             text_config=language_model.config.to_dict(),
             image_embeds_size=image_embeds_size,
             num_prefix_tokens=1 if num_prefix_tokens is None else num_prefix_tokens,
-            **{"image_token_index": image_token_id(tokenizer)} | config_fields,
+            **{"image_token_index": add_image_token(tokenizer)} | config_fields,
         )
         config._attn_implementation = kwargs.get("attn_implementation", config._attn_implementation)
         model = cls(config, vision_model=vision_model, language_model=language_model)
@@ -1240,12 +1237,6 @@ def recomputed(forward: Callable) -> Callable:
 def language_model_class(config: PreTrainedConfig) -> type:
     """Decoder-only unless the configuration says otherwise (BLIP-2's own rule takes BART for decoder-only)."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def image_token_id(tokenizer) -> int:
-    """Id of the image mark: the tokenizer's own, or the first that it does not use."""
-    known = tokenizer.get_vocab()
-    return known[IMAGE_TOKEN] if IMAGE_TOKEN in known else len(tokenizer)
 
 
 def load_vision_model(vision: str | os.PathLike, **kwargs) -> PreTrainedModel:
