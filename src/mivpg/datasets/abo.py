@@ -4,9 +4,9 @@
     root/images/metadata/images.csv.gz            where the photo of an id is
     root/images/small/…, root/images/original/…   the photos
 
-The archives hold no captions; those that people wrote come apart, keyed by `item_id`, as JSON (`{item_id: [captions]}`),
-CSV (columns `item_id` and `caption`, a row a caption) or one of the pickles in circulation, which are read without
-running any code in them. A product without captions is left out.
+The archives hold no captions. Those that people wrote come apart, keyed by `item_id`, as JSON
+(`{item_id: [captions]}`), CSV (columns `item_id` and `caption`, a row a caption) or one of the pickles in circulation,
+which are read without running any code in them. A product without captions is left out.
 """
 
 import csv
@@ -141,20 +141,24 @@ def _read_listings(root: Path) -> Iterator[_Listing]:
         with _open_text(path) as file:
             for line, text in enumerate(file, start=1):
                 try:
-                    record = json.loads(text)
-                    item_id, domain = record["item_id"], record["domain_name"]
-                except (ValueError, RecursionError, TypeError, KeyError):
+                    yield _listing(json.loads(text))
+                except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
                     raise MivpgError(
                         f"{path}, line {line} is no listing, expected a JSON object with item_id and domain_name."
                     ) from None
-                main = record.get("main_image_id")
-                images = [main, *(record.get("other_image_id") or [])] if main else record.get("other_image_id") or []
-                product_type = record.get("product_type")
-                if isinstance(product_type, list):  # the releases differ: a text, or [{"value": text}]
-                    product_type = product_type[0]["value"] if product_type else None
-                yield _Listing(
-                    item_id=item_id, domain=domain, images=tuple(dict.fromkeys(images)), product_type=product_type
-                )
+
+
+def _listing(record: dict[str, Any]) -> _Listing:
+    main, others = record.get("main_image_id"), record.get("other_image_id") or []
+    product_type = record.get("product_type")
+    if isinstance(product_type, list):  # releases differ: a text, or [{"value": text}]
+        product_type = product_type[0]["value"]
+    return _Listing(
+        item_id=record["item_id"],
+        domain=record["domain_name"],
+        images=tuple(dict.fromkeys([main, *others] if main else others)),
+        product_type=product_type,
+    )
 
 
 def _read_image_paths(path: Path, image_ids: set[str]) -> dict[str, str]:
@@ -244,12 +248,12 @@ class _DataUnpickler(pickle.Unpickler):
 def _open_text(path: Path) -> Iterator[TextIO]:
     """A text file, compressed if its name ends in .gz; what is wrong with its bytes becomes one line."""
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8", newline="")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig", newline="") as file
-        ):
-            yield file
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
+                yield file
+        else:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                yield file
     except FileNotFoundError:
         raise MivpgError(f"{path} does not exist.") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
