@@ -166,7 +166,7 @@ def _read_image_paths(path: Path, image_ids: set[str]) -> dict[str, str]:
     with _open_text(path) as file:
         rows = csv.DictReader(file)
         _check_columns(path, rows, ("image_id", "path"))
-        return {row["image_id"]: row["path"] for row in rows if row["image_id"] in image_ids}
+        return {row["image_id"]: row["path"] for row in rows if row["image_id"] in image_ids and row["path"]}
 
 
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
