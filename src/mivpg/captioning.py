@@ -1,0 +1,272 @@
+"""Writes captions: of a few bags in memory, or of a whole data set into a file that an interrupted run goes on with.
+
+captions = caption_bags(model, processor, bags, num_beams=5, max_new_tokens=64)
+counts = caption_file(model, processor, samples, Path("captions.jsonl"), generation=GenerationOptions())
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from mivpg.bags import Bag, BagCollator, BagDataset, Sample
+from mivpg.errors import BagError, MivpgError
+
+if TYPE_CHECKING:
+    from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+    from mivpg.processing_mivpg import MivpgProcessor
+
+logger = logging.getLogger(__name__)
+
+NUM_READERS = 4
+"""Threads that open images while the model writes; Pillow lets go of the interpreter while it decodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How a caption is written."""
+
+    num_beams: int = 5
+    """Captions kept at each token; 1 = greedy, the fastest."""
+    max_new_tokens: int = 64
+    """Longest caption, in tokens of the language model; PatchGastricADC22 needs about 75, COCO 30."""
+    min_new_tokens: int | None = None
+    """Shortest caption, in tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise MivpgError(f"{name} is {getattr(self, name)}, expected at least 1.")
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """Arguments for `caption_bags` and `generate`."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionCounts:
+    """What `caption_file` did."""
+
+    num_bags: int
+    """Lines of the file, one a bag."""
+    num_failed: int
+    """Bags that could not be read; their lines hold an error instead of a caption."""
+    num_resumed: int
+    """Bags that an interrupted run had done before."""
+
+
+def caption_bags(
+    model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag], **generate_kwargs: Any
+) -> list[str]:
+    """Captions of bags, as one batch.
+
+    Args:
+        model: Captions in eval mode and is left in the mode it was found in.
+        processor: The model's.
+        bags: All of images, or all of features of one shape (P, D).
+        **generate_kwargs: What transformers' `generate` takes, such as `num_beams` and `max_new_tokens`.
+
+    Raises:
+        BagError: The bags do not fit together, or the features of one do not fit the model.
+    """
+    width = model.config.image_embeds_size
+    for bag in bags:
+        if bag.image_embeds is not None and bag.image_embeds.shape[-1] != width:
+            raise BagError(f"bag {bag.id!r}: features are {bag.image_embeds.shape[-1]} wide, the model takes {width}.")
+    inputs = {name: value.to(model.device) for name, value in BagCollator(processor, training=False)(bags).items()}
+    was_training = model.training
+    model.eval()
+    try:
+        ids = model.generate(**inputs, **generate_kwargs)  # (B, T)
+    finally:
+        model.train(was_training)
+    if not model.config.is_encoder_decoder:
+        ids = ids[:, inputs["input_ids"].shape[1] :]  # a decoder-only model repeats its prompt
+    return processor.decode_captions(ids)
+
+
+def caption_samples(
+    model: "MivpgForConditionalGeneration",
+    processor: "MivpgProcessor",
+    samples: Sequence[Sample],
+    *,
+    generation: GenerationOptions,
+    prompt: str = "",
+    batch_size: int = 8,
+    start: int = 0,
+) -> Generator[tuple[str, str | BagError], None, None]:
+    """Captions a data set in its order, with a progress bar on a terminal.
+
+    Images are read ahead while the model writes, at most one batch, so memory does not grow with the data set.
+
+    Args:
+        model: As in `caption_bags`.
+        processor: The model's.
+        samples: What to caption.
+        generation: How.
+        prompt: Precedes the caption of samples without a prompt of their own.
+        batch_size: Bags captioned at once.
+        start: How many samples to pass over.
+
+    Yields:
+        Bag id and caption, or what is wrong with the bag.
+    """
+    _check_batch_size(batch_size)
+    opened = _read_ahead(BagDataset(samples, prompt=prompt), start, batch_size)
+    # disable=None: no bar where the output is not a terminal
+    with closing(opened), tqdm(total=len(samples), initial=start, unit="bag", disable=None) as progress:
+        while batch := list(islice(opened, batch_size)):
+            readable = [bag for _, bag in batch if isinstance(bag, Bag)]
+            results = iter(_caption_batch(model, processor, readable, generation))
+            for bag_id, bag in batch:
+                yield bag_id, next(results) if isinstance(bag, Bag) else bag
+                progress.update()
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise MivpgError(f"batch_size is {batch_size}, expected at least 1.")
+
+
+def _read_ahead(dataset: BagDataset, start: int, num_ahead: int) -> Generator[tuple[str, Bag | BagError], None, None]:
+    """Opens bags in order, `num_ahead` of them before they are asked for."""
+
+    def open_bag(index: int) -> tuple[str, Bag | BagError]:
+        try:
+            return dataset.samples[index].id, dataset[index]
+        except BagError as error:
+            return dataset.samples[index].id, error
+
+    readers = ThreadPoolExecutor(NUM_READERS)
+    try:
+        indices = iter(range(start, len(dataset)))
+        waiting = deque(readers.submit(open_bag, index) for index in islice(indices, num_ahead))
+        while waiting:
+            opened = waiting.popleft().result()
+            waiting.extend(readers.submit(open_bag, index) for index in islice(indices, 1))
+            yield opened
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _caption_batch(
+    model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag], generation: GenerationOptions
+) -> list[str | BagError]:
+    """A caption for each bag; bags that do not fit together are captioned one by one."""
+    if not bags:
+        return []
+    try:
+        return [*caption_bags(model, processor, bags, **generation.as_kwargs())]
+    except BagError as error:
+        if len(bags) == 1:
+            return [error]
+        return [result for bag in bags for result in _caption_batch(model, processor, [bag], generation)]
+
+
+def caption_file(
+    model: "MivpgForConditionalGeneration",
+    processor: "MivpgProcessor",
+    samples: Sequence[Sample],
+    out: Path,
+    *,
+    generation: GenerationOptions,
+    prompt: str = "",
+    batch_size: int = 8,
+    strict: bool = False,
+) -> CaptionCounts:
+    """Captions a data set into JSON lines, `{"id", "caption"}` in the order of the samples.
+
+    Until all are done they stand in `<out>.partial`, batch by batch. A later run with the same samples goes on there,
+    and with the same batch size its batches are those of an unbroken run. A bag that cannot be read is logged, gets a
+    line `{"id", "error"}` and is passed over.
+
+    Args:
+        model: As in `caption_bags`. Going on with another model than before mixes their captions in one file.
+        processor: The model's.
+        samples: What to caption.
+        out: The file to write; it must not exist.
+        generation: How captions are written.
+        prompt: Precedes the caption of samples without a prompt of their own.
+        batch_size: Bags captioned at once.
+        strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
+
+    Raises:
+        MivpgError: `out` exists, or its partial file belongs to other samples.
+        BagError: A bag cannot be read and `strict` is set.
+    """
+    _check_batch_size(batch_size)
+    if out.exists():
+        raise MivpgError(f"{out} exists already; delete it or choose another name.")
+    partial = out.with_name(out.name + ".partial")
+    num_resumed, num_failed = _resume(partial, samples, batch_size, strict)
+    if num_resumed:
+        logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    results = caption_samples(
+        model, processor, samples, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
+    )
+    with partial.open("ab") as file, closing(results):
+        for num_done, (bag_id, result) in enumerate(results, start=num_resumed + 1):
+            if isinstance(result, BagError):
+                if strict:
+                    raise result
+                logger.warning("%s", result)
+                num_failed += 1
+                record = {"id": bag_id, "error": str(result)}
+            else:
+                record = {"id": bag_id, "caption": result}
+            # surrogatepass: an id may hold half a pair, and has to be found again
+            file.write(json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+            if num_done % batch_size == 0 or num_done == len(samples):
+                file.flush()
+                os.fsync(file.fileno())
+    partial.rename(out)
+    return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
+
+
+def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> tuple[int, int]:
+    """Cuts a partial file to its whole batches, when strict those before the first bag that failed.
+
+    Returns:
+        How many bags are left in it, and how many of them failed.
+
+    Raises:
+        MivpgError: A line is not that of the sample in its place.
+    """
+    if not partial.exists():
+        return 0, 0
+    lines = partial.read_bytes().split(b"\n")[:-1]  # what follows the last end of line was cut short by a kill
+    failed = []
+    for number, line in enumerate(lines, start=1):
+        expected = f"bag {samples[number - 1].id!r}" if number <= len(samples) else "no more bags"
+        record = _record(line)
+        if number > len(samples) or record.get("id") != samples[number - 1].id:
+            raise MivpgError(
+                f"{partial}, line {number}: found {line[:60].decode(errors='replace')!r}, expected {expected}; it is "
+                "of another run: delete it to start anew, or choose another name for the captions."
+            )
+        failed.append("error" in record)
+    num_kept = failed.index(True) if strict and True in failed else len(lines)
+    num_kept -= num_kept % batch_size  # other batches are padded otherwise, and round otherwise
+    os.truncate(partial, sum(len(line) + 1 for line in lines[:num_kept]))
+    return num_kept, sum(failed[:num_kept])
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """The object on a line, empty if there is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,296 @@
+"""Captions come in order, once each, and an interrupted run ends as an unbroken one would."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mivpg.bags import BagDataset, Sample
+from mivpg.captioning import CaptionCounts, GenerationOptions, _read_ahead, caption_bags, caption_file, caption_samples
+from mivpg.errors import BagError, MivpgError
+
+GREEDY = GenerationOptions(num_beams=1, max_new_tokens=7)
+
+
+class FakeProcessor:
+    """Reads of a bag its first value and its number of images; a prompt is its length in ones, padded on the left."""
+
+    def __call__(self, *, images, image_embeds, image_coords, text, captions, return_tensors):
+        assert captions is None
+        bags = image_embeds if images is None else [[np.asarray(image) for image in bag] for bag in images]
+        longest = max(map(len, text))
+        return {
+            "pixel_values": torch.tensor([[int(bag[0].ravel()[0]), len(bag)] for bag in bags]),  # (B, 2)
+            "input_ids": torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in text]).long(),
+        }
+
+    def decode_captions(self, ids):
+        return [" ".join(map(str, row)) for row in ids.tolist()]
+
+
+class FakeModel(torch.nn.Module):
+    """Its caption: what the processor read, the length of the prompt, the size of the batch, and `max_new_tokens`."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, is_encoder_decoder=False, seconds=0.0):
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, image_embeds_size=3)
+        self.seconds = seconds
+        self.num_captioned = 0
+
+    def generate(self, pixel_values, input_ids, num_beams, max_new_tokens, min_new_tokens=None):
+        assert not self.training
+        time.sleep(self.seconds)
+        self.num_captioned += len(input_ids)
+        prompt_lengths = input_ids.sum(1, keepdim=True)
+        rest = torch.tensor([[len(input_ids), max_new_tokens]]).expand(len(input_ids), 2)
+        ids = torch.cat([pixel_values, prompt_lengths, rest], dim=1)
+        return ids if self.config.is_encoder_decoder else torch.cat([input_ids, ids], dim=1)
+
+
+class DyingModel(FakeModel):
+    def generate(self, **inputs):
+        raise ZeroDivisionError
+
+
+def write_samples(folder: Path, num_samples: int) -> list[Sample]:
+    """Sample i has 1 to 3 grey pictures, the first of brightness i, and every third has a prompt of its own."""
+    samples = []
+    for i in range(num_samples):
+        paths = tuple(folder / f"{i}-{k}.png" for k in range(1 + i % 3))
+        for k, path in enumerate(paths):
+            Image.new("L", (4, 4), i + 100 * k).save(path)
+        samples.append(Sample(id=f"bag {i}", images=paths, prompt="own prompt" if i % 3 == 2 else None))
+    return samples
+
+
+def write_captions(samples, out, model=None, **options):
+    options = {"generation": GREEDY, "prompt": "a photo of", "batch_size": 4} | options
+    return caption_file(model or FakeModel(), FakeProcessor(), samples, out, **options)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def counts(num_bags, num_failed=0, num_resumed=0):
+    return CaptionCounts(num_bags=num_bags, num_failed=num_failed, num_resumed=num_resumed)
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_caption_bags_cuts_the_prompt_and_keeps_the_mode(tmp_path, is_encoder_decoder, training):
+    model = FakeModel(is_encoder_decoder).train(training)
+    dataset = BagDataset(write_samples(tmp_path, 3), prompt="a photo of")
+    captions = caption_bags(model, FakeProcessor(), [dataset[0], dataset[2]], num_beams=1, max_new_tokens=9)
+    assert captions == ["0 1 10 2 9", "2 3 10 2 9"]
+    assert model.training == training
+
+
+def test_the_mode_is_kept_when_generating_fails(tmp_path):
+    model = DyingModel().train()
+    with pytest.raises(ZeroDivisionError):
+        caption_bags(model, FakeProcessor(), [BagDataset(write_samples(tmp_path, 1))[0]])
+    assert model.training
+
+
+def test_file_holds_a_line_a_bag_in_order(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    assert write_captions(samples, tmp_path / "new" / "captions.jsonl") == counts(10)
+    assert lines_of(tmp_path / "new" / "captions.jsonl") == [
+        {"id": f"bag {i}", "caption": f"{i} {1 + i % 3} 10 {4 if i < 8 else 2} 7"} for i in range(10)
+    ]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["captions.jsonl"]
+
+
+def test_captions_are_utf8_and_one_line_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeProcessor, "decode_captions", lambda self, ids: ["très\nchic 😀"] * len(ids))
+    samples = [Sample(id="half \ud800", images=sample.images) for sample in write_samples(tmp_path, 1)]
+    out = tmp_path / "out.jsonl"
+    out.with_name("out.jsonl.partial").write_bytes(
+        b'{"id": "half \xed\xa0\x80", "caption": "x"}\n'
+    )  # read back as it is written
+    assert write_captions(samples, out, batch_size=1) == counts(1, num_resumed=1)
+    out.unlink()
+    write_captions(samples, out)
+    assert out.read_bytes() == b'{"id": "half \xed\xa0\x80", "caption": "tr\xc3\xa8s\\nchic \xf0\x9f\x98\x80"}\n'
+
+
+RUN_SLOWLY = """
+import sys
+from pathlib import Path
+from test_captioning import FakeModel, write_captions, write_samples
+folder = Path(sys.argv[1])
+write_captions(write_samples(folder, 41), folder / "killed.jsonl", model=FakeModel(seconds=0.1))
+"""
+
+
+def test_killed_run_ends_as_an_unbroken_one(tmp_path):
+    samples = write_samples(tmp_path, 41)
+    partial = tmp_path / "killed.jsonl.partial"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen([sys.executable, "-c", RUN_SLOWLY, str(tmp_path)], env=environment)
+    try:
+        while not partial.exists() or partial.read_bytes().count(b"\n") < 9:
+            assert run.poll() is None
+            time.sleep(0.01)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    assert not (tmp_path / "killed.jsonl").exists()
+
+    model = FakeModel()
+    resumed = write_captions(samples, tmp_path / "killed.jsonl", model)
+    write_captions(samples, tmp_path / "unbroken.jsonl")
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    assert 8 <= resumed.num_resumed < 41
+    assert model.num_captioned == 41 - resumed.num_resumed
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("num_lines", [0, 3, 4, 7, 10])
+@pytest.mark.parametrize("torn", [b"", b'{"id": "bag', b'{"id": "x", "caption": "y"}'])
+def test_partial_file_is_cut_to_whole_batches(tmp_path, num_lines, torn):
+    samples = write_samples(tmp_path, 10)
+    write_captions(samples, tmp_path / "unbroken.jsonl")
+    lines = (tmp_path / "unbroken.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:num_lines]) + torn)
+    model = FakeModel()
+    assert write_captions(samples, tmp_path / "out.jsonl", model).num_resumed == num_lines // 4 * 4
+    assert model.num_captioned == 10 - num_lines // 4 * 4
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"id": "bag 0", "caption": ""}', '{"id": "bag 2"}'], r"line 2: found '\{\"id\": .* expected bag 'bag 1'; "),
+        (["no JSON"], "line 1: found 'no JSON', expected bag 'bag 0'; "),
+        (["[1]"], r"line 1: found '\[1\]', expected bag 'bag 0'; "),
+        ([f'{{"id": "bag {i}"}}' for i in range(3)], "line 3: found .* expected no more bags; "),
+    ],
+)
+def test_partial_file_of_another_run(tmp_path, lines, message):
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text("".join(line + "\n" for line in lines))
+    before = partial.read_bytes()
+    with pytest.raises(MivpgError, match=message) as error:
+        write_captions(write_samples(tmp_path, 2), tmp_path / "out.jsonl")
+    assert str(error.value).startswith(str(partial))
+    assert "delete it" in str(error.value)
+    assert partial.read_bytes() == before
+
+
+def test_what_exists_is_not_overwritten(tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious")
+    with pytest.raises(MivpgError, match=r"out\.jsonl exists already; delete it or choose another name"):
+        write_captions(write_samples(tmp_path, 1), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "precious"
+
+
+def spoil(samples: list[Sample], *indices: int) -> None:
+    for index in indices:
+        samples[index].images[-1].write_bytes(b"no picture")
+
+
+def test_bad_bags_are_reported_and_passed_over(tmp_path, caplog):
+    samples = write_samples(tmp_path, 10)
+    spoil(samples, 1, 4, 5, 6, 7)  # the second batch is bad as a whole
+    samples[9].images[0].unlink()
+    with caplog.at_level(logging.WARNING, logger="mivpg.captioning"):
+        assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_failed=6)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert [line["id"] for line in lines] == [sample.id for sample in samples]
+    assert [i for i, line in enumerate(lines) if "error" in line] == [1, 4, 5, 6, 7, 9]
+    assert [line["caption"].split()[0] for line in lines if "caption" in line] == ["0", "2", "3", "8"]
+    assert [record.getMessage() for record in caplog.records] == [line["error"] for line in lines if "error" in line]
+    assert all(f"'{line['id']}'" in line["error"] and "\n" not in line["error"] for line in lines if "error" in line)
+
+
+def test_failed_bags_of_the_interrupted_run_are_counted(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    spoil(samples, 1, 9)
+    write_captions(samples, tmp_path / "unbroken.jsonl")
+    lines = (tmp_path / "unbroken.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:8]))
+    assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_failed=2, num_resumed=8)
+    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+
+
+def test_strict_stops_at_the_first_bad_bag_and_goes_on_when_it_is_good(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    write_captions(samples, tmp_path / "good.jsonl")
+    good_picture = samples[5].images[-1].read_bytes()
+    spoil(samples, 5)
+    with pytest.raises(BagError, match="bag 5"):
+        write_captions(samples, tmp_path / "out.jsonl", strict=True)
+    assert not (tmp_path / "out.jsonl").exists()
+
+    samples[5].images[-1].write_bytes(good_picture)
+    assert write_captions(samples, tmp_path / "out.jsonl", strict=True) == counts(10, num_resumed=4)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "good.jsonl").read_bytes()
+
+
+def test_strict_tries_again_what_failed_before(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    lines = [{"id": sample.id, "caption": ""} for sample in samples[:9]]
+    lines[6] = {"id": "bag 6", "error": "was bad"}
+    (tmp_path / "out.jsonl.partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write_captions(samples, tmp_path / "out.jsonl", strict=True) == counts(10, num_resumed=4)
+
+
+def test_bags_that_do_not_fit_together_are_captioned_alone(tmp_path):
+    samples = []
+    for i, shape in enumerate([(2, 3), (2, 4, 3), (2, 5), (1, 3)]):
+        np.save(tmp_path / f"{i}.npy", np.full(shape, i, dtype=np.float32))
+        samples.append(Sample(id=str(i), features=tmp_path / f"{i}.npy"))
+    results = dict(caption_samples(FakeModel(), FakeProcessor(), samples, generation=GREEDY))
+    assert str(results.pop("2")) == "bag '2': features are 5 wide, the model takes 3."
+    assert results == {"0": "0 2 0 1 7", "1": "1 2 0 1 7", "3": "3 1 0 1 7"}
+
+
+def test_images_are_read_ahead_but_not_far(tmp_path):
+    samples = write_samples(tmp_path, 30)
+    opened = []
+
+    class Recording(BagDataset):
+        def __getitem__(self, index):
+            opened.append(index)
+            return super().__getitem__(index)
+
+    bags = _read_ahead(Recording(samples), 3, 5)
+    for number, (bag_id, bag) in enumerate(bags):
+        assert bag_id == bag.id == f"bag {number + 3}"
+        deadline = time.monotonic() + 10
+        while len(opened) < min(number + 6, 27) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert len(opened) == min(number + 6, 27)  # those handed out and five more
+    assert sorted(opened) == list(range(3, 30))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_is_checked(tmp_path, batch_size):
+    with pytest.raises(MivpgError, match=f"batch_size is {batch_size}, expected at least 1"):
+        write_captions([], tmp_path / "out.jsonl", batch_size=batch_size)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["num_beams", "max_new_tokens"])
+def test_generation_options_are_checked(field):
+    with pytest.raises(MivpgError, match=f"{field} is 0, expected at least 1"):
+        GenerationOptions(**{field: 0})
+
+
+def test_generation_options_are_arguments_of_generate():
+    assert GenerationOptions().as_kwargs() == {"num_beams": 5, "max_new_tokens": 64, "min_new_tokens": None}
