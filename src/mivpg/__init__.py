@@ -1,7 +1,7 @@
 """MIVPG: a bag of images becomes a fixed number of visual prompts for a frozen language model.
 
-Names are imported when they are first used, so that `import mivpg` is quick; the first model, configuration or processor
-registers MIVPG with transformers' Auto classes.
+Names are imported when they are first used, so that `import mivpg` is quick; the first model, configuration or
+processor registers MIVPG with transformers' Auto classes.
 """
 
 import importlib
@@ -21,7 +21,7 @@ _MODULES = {
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str) -> Any:

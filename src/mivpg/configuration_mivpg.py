@@ -25,8 +25,8 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
     encoder_hidden_size (`int`, *optional*):
         Width of the instances. Left out, it is the width of the image embeddings that `MivpgConfig` knows.
     instance_correlation (`str`, *optional*, defaults to `"csa"`):
-        How the instances of a bag see each other. `csa` is the paper's Eq. 9; `self_attention` and `nystrom` are what it
-        compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: the same
+        How the instances of a bag see each other. `csa` is the paper's Eq. 9; `self_attention` and `nystrom` are what
+        it compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: the same
         parameters, but keys and values are the learned queries, so that nothing flows between instances.
     position_encoding (`str`, *optional*, defaults to `"none"`):
         `ppeg` adds the pyramid position encoding of TransMIL. It makes the order of a bag matter, by design.
@@ -38,7 +38,7 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
 
     model_type = "mivpg_qformer"
 
-    encoder_hidden_size: int | None = None  # type: ignore[assignment]
+    encoder_hidden_size: Any = None  # int, known at the latest when `MivpgConfig` holds this config
     instance_correlation: InstanceCorrelation = "csa"
     position_encoding: PositionEncoding = "none"
     num_inducing_points: int = 32
@@ -98,12 +98,12 @@ class MivpgConfig(PreTrainedConfig):
         "qformer_config": MivpgQFormerConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # PreTrainedConfig after initialisation, as the two below
+    qformer_config: Any = None
+    text_config: Any = None
     num_query_tokens: int = 32
     image_token_index: int | None = None
-    image_embeds_size: int | None = None
+    image_embeds_size: Any = None  # int after initialisation
     num_prefix_tokens: int = 1
     patch_pooling: PatchPooling = "none"
     trainable: list[str] | tuple[str, ...] = DEFAULT_TRAINABLE
@@ -119,7 +119,9 @@ class MivpgConfig(PreTrainedConfig):
             if self.vision_config is not None:
                 self.image_embeds_size = self.vision_config.hidden_size
             else:
-                self.image_embeds_size = self.qformer_config.encoder_hidden_size or Blip2QFormerConfig.encoder_hidden_size
+                self.image_embeds_size = (
+                    self.qformer_config.encoder_hidden_size or Blip2QFormerConfig.encoder_hidden_size
+                )
         if self.qformer_config.encoder_hidden_size is None:
             self.qformer_config.encoder_hidden_size = self.image_embeds_size
         if self.patch_pooling == "cls" and self.num_prefix_tokens == 0:

@@ -2,7 +2,7 @@
 
     images ─ vision model ─> image_embeds (B, N, P, D) ─ patch pooling ─> instances (B, M, D)
     in every block with cross-attention:  x <- x + PPEG(x);  x <- x + W_o Attention(Q=x, K=q, V=q)   (Eq. 9)
-    then BLIP-2's block:                  q <- self-attention(q);  q <- cross-attention(q; K=x, V=x);  q <- feed-forward(q)
+    then BLIP-2's block:  q <- self-attention(q);  q <- cross-attention(q; K=x, V=x);  q <- feed-forward(q)
     language projection ─> visual prompts (B, R, E), which the frozen language model reads before the prompt text
 
 B bags, N images a bag, P tokens an image, D vision width, M instances a bag, R queries, H Q-Former width,
@@ -12,31 +12,14 @@ What the paper leaves open is decided in the docstring of the class concerned; `
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    Blip2Config,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -53,9 +36,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from mivpg.checkpoints import describe_base, locate_base, verify_base
-from mivpg.configuration_mivpg import MivpgConfig, MivpgQFormerConfig, add_image_token
-from mivpg.errors import MivpgError
+from mivpg.checkpoints import CheckpointMixin, language_model_class
+from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
 
 ABMIL_HIDDEN_SIZE = 128
 """L of Eq. 4."""
@@ -116,7 +98,7 @@ class InstanceGrid:
 
 
 class PyramidPositionEncoding(nn.Module):
-    """PPEG (TransMIL, Shao et al. 2021): three depthwise convolutions over the grid of the instances, `x <- x + PPEG(x)`.
+    """PPEG (TransMIL, Shao et al. 2021): depthwise convolutions over the grid of the instances, `x <- x + PPEG(x)`.
 
     TransMIL writes `x + conv7(x) + conv5(x) + conv3(x)`; here the identity stands outside and the kernels and biases
     start at zero, so that an untrained PPEG does nothing. The three kernels are summed to one 7x7 when they are run.
@@ -210,7 +192,6 @@ class InstanceCorrelation(nn.Module):
 
     def __init__(self, config: MivpgQFormerConfig, key_size: int):
         super().__init__()
-        assert config.encoder_hidden_size is not None
         self.config = config
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
@@ -286,7 +267,6 @@ class FullSelfAttention(InstanceCorrelation):
     """The "SA" of Table 3: every instance asks every other. O(M^2)."""
 
     def __init__(self, config: MivpgQFormerConfig):
-        assert config.encoder_hidden_size is not None
         super().__init__(config, key_size=config.encoder_hidden_size)
 
     def forward(
@@ -328,7 +308,7 @@ class InducedSelfAttention(InstanceCorrelation):
 
 
 class NystromSelfAttention(InstanceCorrelation):
-    """Self-attention by the Nyström approximation (Xiong et al. 2021), as TransMIL uses it, with its convolution over V.
+    """Self-attention by the Nyström approximation (Xiong et al. 2021), with TransMIL's convolution over V.
 
     Landmarks are the means of consecutive instances, so the result depends on the bag's order and length: bags are
     run one by one, never padded. Where the bag does not divide evenly, the first segment is the shorter one; TransMIL
@@ -336,7 +316,6 @@ class NystromSelfAttention(InstanceCorrelation):
     """
 
     def __init__(self, config: MivpgQFormerConfig):
-        assert config.encoder_hidden_size is not None
         super().__init__(config, key_size=config.encoder_hidden_size)
         heads = config.num_attention_heads
         self.residual_convolution = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
@@ -456,26 +435,8 @@ class MivpgQFormerEncoder(nn.Module):
         self.layer = nn.ModuleList(MivpgLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
 
-@dataclass
-class VisualPrompts:
-    """What every aggregator returns: a bag as a few vectors that a language model, or a classifier, reads."""
-
-    embeds: Tensor
-    """(B, T, H); T is R for MIVPG."""
-    mask: Tensor
-    """(B, T), 1 = real."""
-    weights: Tensor | None = None
-    """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
-    loss: Tensor | None = None
-    """A loss of the aggregator's own, for those that have one."""
-
-
 class MivpgPreTrainedModel(PreTrainedModel):
-    """From images to visual prompts; what follows (a language model, a classifier) is the subclass's.
-
-    Only what `config.trainable` names trains. The rest is frozen and stays in eval mode, its dropout off, also while
-    the model trains.
-    """
+    """What transformers has to know of every model here."""
 
     config: MivpgConfig
     config_class = MivpgConfig
@@ -490,13 +451,9 @@ class MivpgPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MivpgLayer", "Blip2EncoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # What trains is float32 whatever the frozen parts are stored in: in 16 bits a Q-Former diverges (LAVIS #267, #409).
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        "query_tokens",
-        "qformer",
-        "patch_pooling",
-        "instance_projection",
-        "language_projection",
-    ]
+    # The first list is what quantizers leave alone, the second what a 16-bit dtype leaves alone.
+    _keep_in_fp32_modules = list(DEFAULT_TRAINABLE)  # noqa: RUF012
+    _keep_in_fp32_modules_strict = list(DEFAULT_TRAINABLE)  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -508,6 +465,113 @@ class MivpgPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, InducedSelfAttention):
             init.normal_(module.inducing_points, std=self.config.initializer_range)
+        elif isinstance(module, MivpgVisualPromptModel):
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
+
+
+class MivpgQFormerModel(MivpgPreTrainedModel):
+    """BLIP-2's Q-Former with instances that are placed and correlated; the trunk of the method."""
+
+    config: MivpgQFormerConfig
+    config_class = MivpgQFormerConfig
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": MivpgLayer,
+        "attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention")],
+        "cross_attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention")],
+    }
+
+    def __init__(self, config: MivpgQFormerConfig):
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = MivpgQFormerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        """None: the Q-Former reads embeddings, not tokens."""
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        query_embeds: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        grid: InstanceGrid | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H)."""
+        dtype = self.layernorm.weight.dtype
+        learned_queries = self.dropout(self.layernorm(query_embeds.to(dtype)))
+        instances = encoder_hidden_states.to(dtype)
+        mask = encoder_attention_mask
+        if mask is None:
+            mask = torch.ones(instances.shape[:2], dtype=torch.long, device=instances.device)
+        cross_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=learned_queries,
+            attention_mask=mask,
+            encoder_hidden_states=instances,
+        )
+        queries = learned_queries
+        for layer in self.encoder.layer:
+            queries, instances = layer(
+                queries,
+                instances,
+                learned_queries,
+                instance_mask=encoder_attention_mask,
+                cross_attention_mask=cross_attention_mask,
+                grid=grid,
+                **kwargs,
+            )
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+
+# ── From images to visual prompts (sections 3.3 and 3.4) ────────────────────────────────────────────────────────────
+
+
+@dataclass
+class VisualPrompts:
+    """What every aggregator returns: a bag as a few vectors that a language model, or a classifier, reads."""
+
+    embeds: Tensor
+    """(B, T, H); T is R for MIVPG."""
+    mask: Tensor
+    """(B, T), 1 = real."""
+    weights: Tensor | None = None
+    """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
+    loss: Tensor | None = None
+    """A loss of the aggregator's own, for those that have one."""
+
+
+class MivpgVisualPromptModel(MivpgPreTrainedModel):
+    """A vision model, if any, and the MIVPG; what reads the visual prompts is the subclass's.
+
+    Only what `config.trainable` names trains. The rest is frozen and stays in eval mode, its dropout off, also while
+    the model trains.
+
+    Args:
+        config: Sizes and options.
+        vision_model: One that exists already; by default it is made from `config.vision_config`, if any.
+    """
+
+    def __init__(self, config: MivpgConfig, vision_model: PreTrainedModel | None = None):
+        super().__init__(config)
+        qformer_config = config.qformer_config
+        if vision_model is None and config.vision_config is not None:
+            vision_model = AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model
+        self.patch_pooling: AttentionPooling | None = None
+        if config.patch_pooling in ("abmil", "gated_abmil"):
+            self.patch_pooling = AttentionPooling(config.image_embeds_size, gated=config.patch_pooling == "gated_abmil")
+        self.instance_projection = None
+        if config.image_embeds_size != qformer_config.encoder_hidden_size:
+            self.instance_projection = nn.Sequential(
+                nn.LayerNorm(config.image_embeds_size),
+                nn.Linear(config.image_embeds_size, qformer_config.encoder_hidden_size),
+            )
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_config.hidden_size))
+        self.qformer = MivpgQFormerModel._from_config(qformer_config)
 
     def get_image_embeds(
         self, pixel_values: Tensor, image_mask: Tensor | None = None, interpolate_pos_encoding: bool = False
@@ -574,6 +638,7 @@ class MivpgPreTrainedModel(PreTrainedModel):
         elif pooling == "max":
             pooled = images.amax(dim=1)
         else:
+            assert self.patch_pooling is not None
             pooled = self.patch_pooling(images)
         pooled = self.project_instances(pooled)  # (n, D)
         if image_mask is None:
@@ -656,8 +721,10 @@ class MivpgPreTrainedModel(PreTrainedModel):
         """Lets train what `config.trainable` names, and nothing else."""
         known = {name for name, _ in self.named_modules()} | {name for name, _ in self.named_parameters()}
         for part in self.config.trainable:
-            if part not in known and part not in MivpgConfig().trainable:
-                raise ValueError(f"config.trainable names {part!r}, but the model has no module or parameter of that name.")
+            if part not in known and part not in DEFAULT_TRAINABLE:
+                raise ValueError(
+                    f"config.trainable names {part!r}, but the model has no module or parameter of that name."
+                )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
@@ -667,68 +734,6 @@ class MivpgPreTrainedModel(PreTrainedModel):
         if mode:
             keep_frozen_in_eval(self)
         return self
-
-
-class MivpgQFormerModel(MivpgPreTrainedModel):
-    """BLIP-2's Q-Former with instances that are placed and correlated; the trunk of the method."""
-
-    config: MivpgQFormerConfig
-    config_class = MivpgQFormerConfig
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": MivpgLayer,
-        "attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".attention")],
-        "cross_attentions": [OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention")],
-    }
-
-    def __init__(self, config: MivpgQFormerConfig):
-        super().__init__(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.encoder = MivpgQFormerEncoder(config)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        """None: the Q-Former reads embeddings, not tokens."""
-
-    def train(self, mode: bool = True):
-        """As in PyTorch; the model around it decides what is frozen."""
-        return PreTrainedModel.train(self, mode)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        query_embeds: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
-        grid: InstanceGrid | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H)."""
-        dtype = self.layernorm.weight.dtype
-        learned_queries = self.dropout(self.layernorm(query_embeds.to(dtype)))
-        instances = encoder_hidden_states.to(dtype)
-        mask = encoder_attention_mask
-        if mask is None:
-            mask = torch.ones(instances.shape[:2], dtype=torch.long, device=instances.device)
-        cross_attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=learned_queries,
-            attention_mask=mask,
-            encoder_hidden_states=instances,
-        )
-        queries = learned_queries
-        for layer in self.encoder.layer:
-            queries, instances = layer(
-                queries,
-                instances,
-                learned_queries,
-                instance_mask=encoder_attention_mask,
-                cross_attention_mask=cross_attention_mask,
-                grid=grid,
-                **kwargs,
-            )
-        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
 
 
 # ── The captioner: visual prompts before a frozen language model ────────────────────────────────────────────────────
@@ -751,7 +756,7 @@ class MivpgOutput(ModelOutput):
     language_model_outputs: ModelOutput | None = None
 
 
-class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
+class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, GenerationMixin):
     """MIVPG between a frozen vision model and a frozen language model: captions from bags of images.
 
     With everything off and one image a bag it is `Blip2ForConditionalGeneration`, bit for bit, and loads its folders.
@@ -770,38 +775,15 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
         vision_model: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
     ):
-        super().__init__(config)
-        qformer_config, text_config = config.qformer_config, config.text_config
-        if vision_model is None and config.vision_config is not None:
-            vision_model = AutoModel.from_config(config.vision_config)
-        self.vision_model = vision_model
-        self.patch_pooling = None
-        if config.patch_pooling in ("abmil", "gated_abmil"):
-            self.patch_pooling = AttentionPooling(
-                config.image_embeds_size, gated=config.patch_pooling == "gated_abmil"
-            )
-        self.instance_projection = None
-        if config.image_embeds_size != qformer_config.encoder_hidden_size:
-            self.instance_projection = nn.Sequential(
-                nn.LayerNorm(config.image_embeds_size),
-                nn.Linear(config.image_embeds_size, qformer_config.encoder_hidden_size),
-            )
-        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_config.hidden_size))
-        self.qformer = MivpgQFormerModel._from_config(qformer_config)
-        self.language_projection = nn.Linear(qformer_config.hidden_size, text_config.hidden_size)
+        super().__init__(config, vision_model)
+        text_config = config.text_config
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, text_config.hidden_size)
         if language_model is None:
             language_model = language_model_class(text_config).from_config(text_config)
         self.language_model = language_model
-        self._names_outside_base: set[str] = set()
         self._recomputes = False
         self.post_init()
         self.freeze()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if module is self:
-            init.normal_(self.query_tokens, std=self.config.initializer_range)
 
     # The language model's own, which generation and accelerate ask for.
 
@@ -917,7 +899,9 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
             )
             logits, loss = outputs.logits, outputs.loss
             if labels is not None and num_items_in_batch is not None:
-                loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum")
+                loss = F.cross_entropy(
+                    logits.flatten(0, 1).float(), labels.flatten().to(logits.device), reduction="sum"
+                )
                 loss = loss / num_items_in_batch
         else:
             outputs = self.language_model(
@@ -949,7 +933,7 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, T), with R image marks a row; padded on the left for a decoder-only model.
-            pixel_values: (B, N, 3, h, w), or `image_embeds` (B, N, P, D); with image_mask, image_coords as in `forward`.
+            pixel_values: (B, N, 3, h, w), or `image_embeds` (B, N, P, D); they and their mask are as in `forward`.
             attention_mask: (B, T), 1 = real token.
             **generate_kwargs: All that transformers' `generate` takes. Give `max_new_tokens`, not `max_length`, which
                 would count the prompts.
@@ -985,203 +969,8 @@ class MivpgForConditionalGeneration(MivpgPreTrainedModel, GenerationMixin):
                 if enable and is_frozen(module):
                     module.forward = recomputed(module.forward)  # type: ignore[method-assign]
 
-    # Loading and saving: a checkpoint is what trained, and the name of where the rest comes from.
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
-        """Loads a BLIP-2 folder, a checkpoint of ours (with the base it names), or a whole model of ours.
-
-        Args:
-            pretrained_model_name_or_path: A folder or a Hub id.
-            config: Instead of the folder's own.
-            base: For a checkpoint whose base has moved: where it is now, by part, e.g. `{"model": "path"}`.
-            **kwargs: All that transformers takes (`dtype`, `device_map`, `quantization_config`, …), and fields of
-                `MivpgConfig` and `MivpgQFormerConfig` to override, e.g. `instance_correlation="csa"`.
-
-        Raises:
-            MivpgError: The folder holds no model that we know, or a checkpoint's base is absent or differs.
-        """
-        hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
-        path = os.fspath(pretrained_model_name_or_path)
-        if config is None:
-            config, kwargs = load_config(path, kwargs, hub_kwargs)
-        if config.base is not None:
-            return cls._from_checkpoint(path, config, base or {}, kwargs, hub_kwargs)
-        want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        model.freeze()
-        model.eval()
-        missing = set(info["missing_keys"])
-        if frozen := sorted(name for name in missing if name.startswith(("vision_model.", "language_model."))):
-            raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
-        model._names_outside_base = missing
-        model.config.base = {"model": locate_base(path, hub_kwargs.get("revision"))}
-        return (model, info) if want_info else model
-
-    @classmethod
-    def from_vision_language_pretrained(
-        cls,
-        vision: str | os.PathLike | None,
-        language: str | os.PathLike,
-        *,
-        image_embeds_size: int | None = None,
-        num_prefix_tokens: int | None = None,
-        qformer_config: MivpgQFormerConfig | Mapping[str, Any] | None = None,
-        revision: str | None = None,
-        **kwargs,
-    ) -> "MivpgForConditionalGeneration":
-        """A new MIVPG between any vision and any language model of transformers.
-
-        Args:
-            vision: Folder or Hub id of a model with a fixed number of tokens an image, or a feature map (a ResNet's);
-                of one with several towers (CLIP) the vision tower is taken. None: image embeddings come from elsewhere.
-            language: Folder or Hub id of a causal or an encoder-decoder language model.
-            image_embeds_size: D, needed where there is no vision model.
-            num_prefix_tokens: By default counted: the vision model's tokens less its patches.
-            qformer_config: Sizes of the new Q-Former; its instances get the width D.
-            revision: For the language model on the Hub.
-            **kwargs: Fields of `MivpgConfig` and `MivpgQFormerConfig`; the rest (`dtype`, `device_map`,
-                `quantization_config`, …) goes to transformers for both models.
-        """
-        config_fields = {k: kwargs.pop(k) for k in list(kwargs) if k in CONFIG_FIELDS}
-        qformer_fields = {k: kwargs.pop(k) for k in list(kwargs) if k in MivpgQFormerConfig.options()}
-        vision_model = None
-        if vision is not None:
-            vision_model = load_vision_model(vision, **kwargs)
-            num_tokens, num_patches, width = vision_output_shape(vision_model.config)
-            image_embeds_size = width
-            if num_prefix_tokens is None:
-                num_prefix_tokens = num_tokens - num_patches
-        elif image_embeds_size is None:
-            raise ValueError("Without a vision model, image_embeds_size has to say how wide the image embeddings are.")
-        text_config = AutoConfig.from_pretrained(language, revision=revision)
-        language_model = language_model_class(text_config).from_pretrained(language, revision=revision, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(language, revision=revision)
-        if isinstance(qformer_config, MivpgQFormerConfig):
-            qformer_config = qformer_config.to_dict()
-        config = cls.config_class(
-            vision_config=None if vision_model is None else vision_model.config.to_dict(),
-            qformer_config=dict(qformer_config or {}) | qformer_fields,
-            text_config=language_model.config.to_dict(),
-            image_embeds_size=image_embeds_size,
-            num_prefix_tokens=1 if num_prefix_tokens is None else num_prefix_tokens,
-            **{"image_token_index": add_image_token(tokenizer)} | config_fields,
-        )
-        config._attn_implementation = kwargs.get("attn_implementation", config._attn_implementation)
-        model = cls(config, vision_model=vision_model, language_model=language_model)
-        model.eval()
-        model._names_outside_base = {
-            name for name, _ in model.named_parameters() if not name.startswith(("vision_model.", "language_model."))
-        }
-        model.config.base = {"language_model": locate_base(language, revision)}
-        if vision is not None:
-            model.config.base["vision_model"] = locate_base(vision, None)
-        return model
-
-    @classmethod
-    def _from_checkpoint(cls, path: str, config: MivpgConfig, moved: Mapping[str, str], kwargs: dict, hub_kwargs: dict):
-        """The base that a checkpoint names, checked, and over it the weights that trained."""
-        checkpoint_base = config.base
-        parts = {name: moved.get(name, entry["path"]) for name, entry in checkpoint_base.items()}
-        for name, entry in checkpoint_base.items():
-            verify_base(path, name, entry | {"path": parts[name]})
-        config.base = None
-        revisions = {name: entry.get("revision") for name, entry in checkpoint_base.items()}
-        if "model" in parts:
-            kwargs.pop("revision", None)
-            kwargs.pop("output_loading_info", None)
-            model = cls.from_pretrained(parts["model"], config=config, revision=revisions["model"] or "main", **kwargs)
-        else:
-            vision_model = None
-            if "vision_model" in parts:
-                vision_model = load_vision_model(parts["vision_model"], **kwargs)
-            language_model = language_model_class(config.text_config).from_pretrained(
-                parts["language_model"], config=config.text_config, revision=revisions["language_model"] or "main", **kwargs
-            )
-            model = cls(config, vision_model=vision_model, language_model=language_model)
-            model._names_outside_base = {
-                n for n, _ in model.named_parameters() if not n.startswith(("vision_model.", "language_model."))
-            }
-        model.config.base = {name: entry | {"path": parts[name]} for name, entry in checkpoint_base.items()}
-        model.load_trained(path, **hub_kwargs)
-        model.eval()
-        return model
-
-    def saved_names(self) -> set[str]:
-        """Names of the parameters that a checkpoint holds: what trains, and what the base does not have."""
-        return {name for name, _ in self.named_parameters() if self.trains(name)} | self._names_outside_base
-
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """The weights that a checkpoint holds."""
-        names = self.saved_names()
-        return {name: parameter.detach() for name, parameter in self.named_parameters() if name in names}
-
-    def save_trained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None):
-        """Writes a checkpoint: what trained, and in `config.json` which base the rest comes from.
-
-        Args:
-            directory: Made where it does not exist.
-            state_dict: The weights where the model does not hold them whole (FSDP); by default `trained_state_dict()`.
-
-        Raises:
-            MivpgError: The model has no base that could be named; `save_pretrained` writes all of it.
-        """
-        if self.config.base is None:
-            raise MivpgError(f"{directory}: this model was not loaded from anywhere; save it whole with save_pretrained.")
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.config.base = describe_base(self.config.base)
-        self.config.architectures = [type(self).__name__]
-        self.config.save_pretrained(directory)
-        self.generation_config.save_pretrained(directory)
-        weights = self.trained_state_dict() if state_dict is None else state_dict
-        names = self.saved_names()
-        weights = {name: weight.contiguous() for name, weight in weights.items() if name in names}
-        file = directory / "model.safetensors"
-        save_file(weights, file, metadata={"format": "pt"})
-        mask = os.umask(0)
-        os.umask(mask)
-        file.chmod(0o666 & ~mask)  # safetensors writes 0600
-
-    def load_trained(self, directory: str | os.PathLike, **hub_kwargs):
-        """Loads the weights of a checkpoint into this model.
-
-        Raises:
-            MivpgError: A weight is missing, or one is there that the model has no place for.
-        """
-        file = Path(directory) / "model.safetensors"
-        if not file.is_file():
-            from transformers.utils import cached_file
-
-            file = Path(cached_file(os.fspath(directory), "model.safetensors", **hub_kwargs))
-        weights = load_file(file)
-        names = self.saved_names()
-        if missing := sorted(names - weights.keys()):
-            raise MivpgError(f"{file}: {len(missing)} trained weights are missing, first {missing[0]}.")
-        if unknown := sorted(weights.keys() - names):
-            raise MivpgError(f"{file}: {len(unknown)} weights have no place in this model, first {unknown[0]}.")
-        self.load_state_dict(weights, strict=False)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes the whole model, base and all, for sharing; `save_trained` writes only what trained."""
-        base, self.config.base = self.config.base, None
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.base = base
-
 
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-CONFIG_FIELDS = (
-    "num_query_tokens",
-    "image_token_index",
-    "patch_pooling",
-    "trainable",
-    "caption_end_token_id",
-    "initializer_range",
-)
-"""Fields of `MivpgConfig` that a loader takes beside transformers' own arguments."""
 
 
 def scatter_real(values: Tensor, image_mask: Tensor) -> Tensor:
@@ -1234,59 +1023,9 @@ def recomputed(forward: Callable) -> Callable:
     return forward_with_checkpoint
 
 
-def language_model_class(config: PreTrainedConfig) -> type:
-    """Decoder-only unless the configuration says otherwise (BLIP-2's own rule takes BART for decoder-only)."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def load_vision_model(vision: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A vision model, or the vision tower of a model that has several."""
-    config = AutoConfig.from_pretrained(vision)
-    tower = getattr(config, "vision_config", None)
-    if tower is None:
-        return AutoModel.from_pretrained(vision, **kwargs)
-    return MODEL_MAPPING[type(tower)].from_pretrained(vision, config=tower, **kwargs)
-
-
-def vision_output_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Tokens an image, patches among them, and width D, by running the model on no data (PyTorch's meta device)."""
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-        output = model(torch.empty(1, 3, height, width)).last_hidden_state
-    if output.ndim == 4:  # a feature map (1, D, rows, columns)
-        num_tokens = output.shape[2] * output.shape[3]
-        return num_tokens, num_tokens, output.shape[1]
-    patch = config.patch_size
-    rows, columns = (patch, patch) if isinstance(patch, int) else patch
-    return output.shape[1], (height // rows) * (width // columns), output.shape[2]
-
-
-def load_config(path: str, kwargs: dict, hub_kwargs: dict) -> tuple[MivpgConfig, dict]:
-    """The configuration in a folder of ours or of BLIP-2's with the overrides in `kwargs`, and the other kwargs."""
-    fields = {k: kwargs[k] for k in kwargs if k in CONFIG_FIELDS or k in MivpgQFormerConfig.options()}
-    kwargs = {k: v for k, v in kwargs.items() if k not in fields}
-    try:
-        config = AutoConfig.from_pretrained(path, **hub_kwargs)
-    except (OSError, ValueError) as error:
-        raise MivpgError(
-            f"{path}: no model here (a folder or Hub id with a config.json of BLIP-2 or MIVPG was expected): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    if isinstance(config, Blip2Config):
-        return MivpgConfig.from_blip2(config, **fields), kwargs
-    if not isinstance(config, MivpgConfig):
-        raise MivpgError(f"{path}: a model of type {config.model_type!r}; BLIP-2 or MIVPG was expected.")
-    for name, value in fields.items():
-        setattr(config.qformer_config if name in MivpgQFormerConfig.options() else config, name, value)
-    return config, kwargs
-
-
 AutoConfig.register("mivpg", MivpgConfig)
 AutoConfig.register("mivpg_qformer", MivpgQFormerConfig)
 AutoModel.register(MivpgQFormerConfig, MivpgQFormerModel)
-AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transformers leaves it out of its list
 
 __all__ = [
     "MivpgForConditionalGeneration",

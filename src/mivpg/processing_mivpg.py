@@ -175,7 +175,7 @@ class MivpgProcessor(ProcessorMixin):
             batch["image_embeds"], batch["image_mask"] = pad_bags(list(image_embeds))
         else:
             assert images is not None
-            bags = [list(bag) for bag in images] if is_list_of_bags(images) else [list(images)]
+            bags: Any = images if is_list_of_bags(images) else [images]
             batch["pixel_values"], batch["image_mask"] = pad_bags([self.pixels(bag, **images_kwargs) for bag in bags])
         if image_coords is not None:
             batch["image_coords"], _ = pad_bags(list(image_coords))
