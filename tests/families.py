@@ -144,7 +144,13 @@ def image_processor(kind: str):
 
 def save_blip2(folder: Path, kind: str = "opt", seed: int = 0, num_query_tokens: int = 5, **qformer) -> Path:
     """A small random BLIP-2 that sees: queries and ViT are drawn, where BLIP-2's own start is blind."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "initializer_range": 0.2,
+    }
     tokenizer = byte_tokenizer(kind)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     config = Blip2Config(
@@ -152,6 +158,7 @@ def save_blip2(folder: Path, kind: str = "opt", seed: int = 0, num_query_tokens:
         qformer_config=sizes | qformer,
         text_config=language_config(kind, vocab_size=VOCAB_SIZE + 1).to_dict(),
         num_query_tokens=num_query_tokens,
+        initializer_range=0.2,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(seed)

@@ -26,7 +26,7 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
         Width of the instances. Left out, it is the width of the image embeddings that `MivpgConfig` knows.
     instance_correlation (`str`, *optional*, defaults to `"csa"`):
         How the instances of a bag see each other. `csa` is the paper's Eq. 9; `self_attention` and `nystrom` are what
-        it compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: the same
+        it compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: its
         parameters, but keys and values are the learned queries, so that nothing flows between instances.
     position_encoding (`str`, *optional*, defaults to `"none"`):
         `ppeg` adds the pyramid position encoding of TransMIL. It makes the order of a bag matter, by design.
