@@ -83,6 +83,7 @@ def tiny_config(
     vision_config=None,
     text_config=None,
     num_prefix_tokens: int = 1,
+    image_embeds_size: int | None = None,
     **qformer_options,
 ) -> MivpgConfig:
     """The whole model; without `vision_config` it takes image embeddings only. Five blocks, three with images."""
@@ -107,6 +108,7 @@ def tiny_config(
         text_config=(text_config or tiny_opt_config()).to_dict(),
         num_query_tokens=NUM_QUERIES,
         image_token_index=IMAGE_TOKEN_ID,
+        image_embeds_size=image_embeds_size,
         patch_pooling=patch_pooling,
         num_prefix_tokens=num_prefix_tokens,
         initializer_range=0.2,
