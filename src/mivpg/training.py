@@ -1,0 +1,633 @@
+"""Fine-tuning: `train(config)` leads from a data set to the folder of the best model.
+
+The loop, mixed precision, several processes, accumulation and trackers are transformers' `Trainer`. What is here is
+what it cannot know of us: only a small part of a model trains and is saved, a model is judged by its captions,
+and a run that was killed goes on as if it had not been.
+
+A run folder holds `config.yaml`, `data.yaml`, `log.jsonl`, the newest and the best `checkpoint-<step>/`, and at the end
+`best/`, which `MivpgForConditionalGeneration.from_pretrained` and `MivpgProcessor.from_pretrained` read.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from mivpg.bags import Bag, BagCollator, BagDataset, BagSampler, Sample, bag_size, check_bags, features_shape, select
+from mivpg.captioning import GenerationOptions, caption_bags
+from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, PositionEncoding
+from mivpg.datasets import DatasetConfig
+from mivpg.errors import BagError, MivpgError
+from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+from mivpg.processing_mivpg import MivpgProcessor
+
+CONFIG_FILE = "config.yaml"
+DATA_FILE = "data.yaml"
+LOG_FILE = "log.jsonl"
+BEST = "best"
+UNFINISHED = ".unfinished"
+"""Folders are written in here and renamed into the run folder, so what a killed run leaves is never taken for whole."""
+
+RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", TRAINER_STATE_NAME)
+"""What a checkpoint holds beside the model: going on needs it and captioning does not."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """Where a model comes from and what MIVPG it gets. What is None is as the base, or else the model class, has it."""
+
+    base: str | None = None
+    """Folder or Hub id of a BLIP-2, or of a MIVPG, to go on from. It, or a `language` model with a new MIVPG."""
+    language: str | None = None
+    """Folder or Hub id of any causal or encoder-decoder language model of transformers."""
+    vision: str | None = None
+    """Folder or Hub id of a vision model for `language`; without one the data set has to hold features."""
+    image_embeds_size: int | None = None
+    """Width of the features, where there is no vision model."""
+    qformer: dict[str, Any] | None = None
+    """Sizes of a new Q-Former: fields of `MivpgQFormerConfig`; by default BLIP-2's."""
+    num_query_tokens: int | None = None
+    """Visual prompts a bag, of a new Q-Former."""
+    patch_pooling: PatchPooling | None = None
+    """How the patches of an image become one instance, such as `abmil`."""
+    instance_correlation: InstanceCorrelation | None = None
+    """How the images of a bag see each other; the paper's is `csa`."""
+    position_encoding: PositionEncoding | None = None
+    """`ppeg` makes the order of the images matter."""
+    trainable: list[str] | None = None
+    """Names of the modules that train."""
+    caption_end_token_id: int | None = None
+    """What ends a caption, where the language model does not write its own end-of-sequence token."""
+    max_caption_tokens: int | None = None
+    """Longer captions are cut in training."""
+    chat: bool | None = None
+    """Put prompts into the tokenizer's chat template."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen parts; `auto` is as they are stored. What MIVPG consists of is float32."""
+
+    def load(self) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
+        """The model and its processor.
+
+        Raises:
+            MivpgError: The fields do not say which model, or it cannot be loaded.
+        """
+        options = self._given("patch_pooling", "instance_correlation", "position_encoding", "trainable")
+        caption_end = self._given("caption_end_token_id")
+        texts = self._given("max_caption_tokens", "chat")
+        new_mivpg = self._given("language", "vision", "image_embeds_size", "num_query_tokens", "qformer")
+        if self.base is not None:
+            if new_mivpg:
+                raise MivpgError(f"model: base brings its own {', '.join(new_mivpg)}; leave one of the two out.")
+            model = MivpgForConditionalGeneration.from_pretrained(self.base, dtype=self.dtype, **options, **caption_end)
+            return model, MivpgProcessor.from_pretrained(self.base, **texts, **caption_end)
+        if self.language is None:
+            raise MivpgError("model: expected a base, or a language model (and a vision model) for a new MIVPG.")
+        if self.vision is None and self.image_embeds_size is None:
+            raise MivpgError("model: expected a vision model, or image_embeds_size, the width of stored features.")
+        model = MivpgForConditionalGeneration.from_vision_language_pretrained(
+            self.vision,
+            self.language,
+            image_embeds_size=self.image_embeds_size,
+            qformer_config=self.qformer,
+            dtype=self.dtype,
+            **options,
+            **caption_end,
+            **self._given("num_query_tokens"),
+        )
+        return model, MivpgProcessor.from_vision_language_pretrained(self.vision, self.language, model.config, **texts)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """What a training run is; the defaults are BLIP-2's fine-tuning on captions."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    output_dir: Path
+    """The run folder. It must be new or empty, unless a run is resumed."""
+    prompt: str = "a photo of"
+    """Precedes the caption of every bag that has no prompt of its own."""
+    num_train_epochs: int = 5
+    batch_size: int = 16
+    """Bags that one process puts through the model at once."""
+    gradient_accumulation_steps: int = 1
+    """Batches to an optimizer step: the same step as one batch as large as all of them, in less memory."""
+    learning_rate: float = 1e-5
+    """Peak rate, reached after `warmup_steps` and followed by a cosine to zero."""
+    warmup_steps: float = 0.05
+    """Steps of linear warm-up; below 1, a share of all steps (BLIP-2: 1000 of 22,000)."""
+    weight_decay: float = 0.05
+    """Not applied to biases and other one-dimensional parameters."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them as they are."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe; what trains is kept in its own precision."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a third more time for much less memory."""
+    seed: int = 42
+    """Of new weights, dropout, the order of the bags and the choice among references."""
+    validation: GenerationOptions = dataclasses.field(default_factory=lambda: GenerationOptions(num_beams=1))
+    """How captions of the validation split are written at the end of each epoch."""
+    best_metric: Literal["CIDEr", "BLEU@4"] = "CIDEr"
+    """Decides which checkpoint becomes `best/`."""
+    early_stopping_patience: int | None = None
+    """Stop after this many epochs without a better `best_metric`."""
+    save_steps: int | None = None
+    """Also save a checkpoint every so many steps; without it only the ends of epochs are saved."""
+    save_total_limit: int = 2
+    """Checkpoints to keep; the newest and the best are always kept."""
+    logging_steps: int = 10
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    """Trackers that transformers knows, such as `tensorboard` or `wandb`."""
+    num_workers: int = 2
+    """Processes that open bags ahead of training; 0 = none."""
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Trains to the end and says on the terminal what it does.
+
+    Under `torchrun` every process calls this with the same config.
+
+    Args:
+        config: The run.
+        resume: Go on from the newest checkpoint in the run folder. Where there is none, start.
+
+    Returns:
+        The folder of the best model by `best_metric`, or of the last one if there is no validation split.
+
+    Raises:
+        MivpgError: The run folder is in use or holds another run; the data set lacks bags, files or captions; the model
+            cannot be loaded; the loss is no longer a number.
+    """
+    checkpoint = _find_checkpoint(config, resume)
+    samples = config.dataset.load()
+    train_samples, val_samples = select(samples, "train"), select(samples, "val")
+    if not train_samples:
+        raise MivpgError(f"dataset: none of its {len(samples)} bags is in the train split, expected at least one.")
+    if config.early_stopping_patience is not None and not val_samples:
+        raise MivpgError("early_stopping_patience is set, but the data set has no validation split to judge by.")
+    check_bags(train_samples + val_samples)
+
+    args = _training_arguments(config, validate=bool(val_samples))
+    if resume and checkpoint is None:
+        _say(f"{config.output_dir}: there is nothing to resume, so this starts.")
+    _say(f"Training on {len(train_samples)} bags, validating on {len(val_samples)}.")
+    if not val_samples:
+        _say("There is no validation split, so the last checkpoint is kept as the best.")
+    set_seed(config.seed)  # a new Q-Former is drawn here
+    model, processor = config.model.load()
+    _check_fit(train_samples[0], model)
+    trainer = MivpgTrainer(
+        model,
+        args,
+        processor,
+        BagDataset(train_samples, prompt=config.prompt, seed=config.seed, training=True),
+        BagDataset(val_samples, prompt=config.prompt) if val_samples else None,
+        validation=config.validation,
+        early_stopping_patience=config.early_stopping_patience,
+        save_every=config.save_steps,
+    )
+    data = _describe_data(train_samples + val_samples, args.world_size)
+    if checkpoint is None:
+        trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
+        if args.should_save:
+            _write(config.output_dir / CONFIG_FILE, _as_plain(config))
+            _write(config.output_dir / DATA_FILE, data)
+    else:
+        _check_same(config.output_dir / DATA_FILE, data)
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        _say(f"Resuming from step {trainer.state.global_step} (epoch {trainer.state.epoch:.2f}).")
+    if checkpoint is not None and trainer.is_finished:
+        _say("This run is finished.")
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except BagError as error:
+            # From a worker it comes with its whole traceback.
+            raise BagError(str(error).splitlines()[-1].removeprefix("mivpg.errors.BagError: ")) from None
+    return trainer.publish_best()
+
+
+def _find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
+    """The newest checkpoint to go on from, None to start.
+
+    Raises:
+        MivpgError: The folder holds files and is not to be resumed, or holds what another config has begun.
+    """
+    folder = config.output_dir
+    if folder.exists() and not folder.is_dir():
+        raise MivpgError(f"output_dir: {folder} is a file, expected a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if not resume:
+        raise MivpgError(f"output_dir: {folder} is not empty; resume the run in it (--resume) or name a new folder.")
+    if not (folder / CONFIG_FILE).is_file():
+        raise MivpgError(f"output_dir: {folder} holds no {CONFIG_FILE}, expected the folder of a run to resume.")
+    checkpoint = get_last_checkpoint(folder)
+    if checkpoint is not None:
+        _check_same(folder / CONFIG_FILE, _as_plain(config))
+    return checkpoint
+
+
+def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
+    """Raises where the data set holds what the model cannot read; `check_bags` has seen that all bags are alike."""
+    if sample.features is not None:
+        width = features_shape(sample.features)[2]
+        if width != model.config.image_embeds_size:
+            raise MivpgError(
+                f"{sample.features}: features are {width} wide, the model expects {model.config.image_embeds_size}."
+            )
+    elif model.config.vision_config is None:
+        raise MivpgError(f"bag {sample.id!r} has images, but the model has no vision model; it expects features.")
+
+
+def _check_same(file: Path, asked: dict[str, Any]) -> None:
+    """Raises where a run is resumed with other values than `file` says it was begun with."""
+    begun, asked = _flat(yaml.safe_load(file.read_text())), _flat(asked)
+    for name in begun | asked:
+        if name != "output_dir" and begun.get(name) != asked.get(name):
+            raise MivpgError(
+                f"{file}: the run was begun with {name} = {begun.get(name)} and is resumed with {asked.get(name)}; "
+                "resume it as it was or name a new output_dir."
+            )
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested values under names such as `model.base`."""
+    flat = {}
+    for name, value in values.items():
+        inner = {f"{name}.{key}": v for key, v in _flat(value).items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    return flat
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _as_plain(config: TrainConfig) -> dict[str, Any]:
+    """The config as YAML gives it back: without what is None, paths as text, tuples as lists."""
+    given = dataclasses.asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+    return json.loads(json.dumps(given, default=str))
+
+
+def _describe_data(samples: list[Sample], num_processes: int) -> dict[str, Any]:
+    """What decides, beside the config, which bags a step sees."""
+    records = [(sample.id, sample.split, bag_size(sample), sample.prompt, sample.captions) for sample in samples]
+    return {
+        "num_processes": num_processes,
+        "num_bags": len(samples),
+        "sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
+    }
+
+
+def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArguments:
+    args = TrainingArguments(
+        output_dir=str(config.output_dir),
+        num_train_epochs=config.num_train_epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        activation_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        eval_strategy="epoch" if validate else "no",
+        metric_for_best_model=config.best_metric,
+        greater_is_better=True,
+        load_best_model_at_end=validate,
+        save_strategy="epoch",
+        save_total_limit=max(config.save_total_limit, 2),  # of 1, Trainer keeps the best and throws the newest away
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        report_to=config.report_to or "none",
+        dataloader_num_workers=config.num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
+        use_cpu=not torch.cuda.is_available(),
+    )
+    args.device  # noqa: B018 (joins the other processes, and counts the GPUs)
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, never through DataParallel
+    return args
+
+
+def _say(line: str) -> None:
+    if PartialState().is_main_process:
+        print(line, flush=True)
+
+
+class MivpgTrainer(Trainer):
+    """A `Trainer` that saves what trains, judges by captions, and whose checkpoints are whole.
+
+    Args:
+        model: What trains is `model.config.trainable`.
+        args: Of transformers.
+        processor: Saved beside the model. `Trainer` is not told of it: it would set the model's special tokens to the
+            tokenizer's, but what ends a caption is not always the end-of-sequence token that a tokenizer declares.
+        train_dataset: Bags with captions.
+        eval_dataset: Bags to caption at the end of each epoch, whose samples hold the references.
+        validation: How to caption them.
+        early_stopping_patience: Epochs without improvement before training stops.
+        save_every: Steps between checkpoints inside an epoch.
+    """
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: MivpgForConditionalGeneration,
+        args: TrainingArguments,
+        processor: MivpgProcessor,
+        train_dataset: BagDataset,
+        eval_dataset: BagDataset | None = None,
+        *,
+        validation: GenerationOptions,
+        early_stopping_patience: int | None = None,
+        save_every: int | None = None,
+    ) -> None:
+        self.sampler = BagSampler(
+            [bag_size(sample) for sample in train_dataset.samples],
+            seed=args.seed,
+            block=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        )
+        self.run_dir = Path(args.output_dir)
+        self.save_dir = self.run_dir
+        callbacks: list[TrainerCallback] = [RunCallback(self.sampler, save_every, self.run_dir / LOG_FILE)]
+        if early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=BagCollator(processor, training=True),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.processor = processor
+        self.validation = validation
+        self.scorer: CaptionScorer | None = None
+        if eval_dataset is not None and self.is_world_process_zero():
+            references = {sample.id: sample.captions for sample in eval_dataset.samples}
+            self.scorer = CaptionScorer(references, TRAINING_METRICS)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of this process. Not prepared by accelerate, which divides and fills up batches its own way."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=ShareSampler(
+                self.sampler,
+                batch_size=self.args.per_device_train_batch_size,
+                num_processes=self.args.world_size,
+                process_index=self.args.process_index,
+            ),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    # Optimization
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As BLIP-2: no weight decay for biases and other one-dimensional parameters."""
+        return [name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called before each optimizer step: the last moment to stop before the weights are lost."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not (math.isfinite(self._tr_loss) and math.isfinite(grad_norm)):
+            checkpoint = get_last_checkpoint(self.run_dir)
+            raise MivpgError(
+                f"{self.run_dir}: step {self.state.global_step + 1} has loss {self._tr_loss.item()} and gradient norm "
+                f"{float(grad_norm)}, expected numbers; the last good checkpoint is {checkpoint}. "
+                "Lower learning_rate, or compute in float32."
+            )
+        return grad_norm
+
+    # Validation
+
+    def evaluate(
+        self,
+        eval_dataset: BagDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """CIDEr and BLEU@4 of the captions written for `eval_dataset`, each bag captioned by one process."""
+        assert eval_dataset is None and self.eval_dataset is not None, "the references belong to the eval_dataset"
+        start = time.monotonic()
+        captions = dict(gather_object(list(self._caption(self.eval_dataset))))
+        scores = [self.scorer.score(captions) if self.scorer is not None else {}]
+        broadcast_object_list(scores)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores[0].items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.monotonic() - start, 4)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _caption(self, dataset: BagDataset) -> Iterator[tuple[str, str]]:
+        """(id, caption) of this process's share of the bags."""
+        by_size = sorted(range(len(dataset)), key=lambda index: bag_size(dataset.samples[index]))
+        loader: DataLoader[list[Bag]] = DataLoader(
+            dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            sampler=by_size[self.args.process_index :: self.args.world_size],
+            collate_fn=list,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        self.callback_handler.eval_dataloader = loader
+        for bags in loader:
+            with self.accelerator.autocast():
+                captions = caption_bags(self.model, self.processor, bags, **self.validation.as_kwargs())
+            yield from zip((bag.id for bag in bags), captions, strict=True)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    # The run folder
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether training had reached its end when `state` was saved."""
+        return self.state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]
+
+    def publish_best(self) -> Path:
+        """Copies the model of the best checkpoint, or of the last one where nothing judges them, to `best/`."""
+        best = self.run_dir / BEST
+        if self.args.should_save and not best.exists():
+            step = self.state.best_global_step or self.state.global_step
+            unfinished = self.run_dir / UNFINISHED / BEST
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(self._checkpoint(step), unfinished, ignore=shutil.ignore_patterns(*RESUME_FILES))
+            shutil.copy(self.run_dir / CONFIG_FILE, unfinished / CONFIG_FILE)
+            _move_whole(unfinished, best)
+        self.accelerator.wait_for_everyone()
+        return best
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.save_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Whole or not at all: written elsewhere by all processes, brought to the disk, then renamed."""
+        checkpoint = self._checkpoint(self.state.global_step)
+        self.save_dir = self.run_dir / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(self.save_dir, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        unfinished, self.save_dir = self.save_dir / checkpoint.name, self.run_dir
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+        if self.args.should_save:
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # it holds the name of the best checkpoint
+            _move_whole(unfinished, checkpoint)
+            rotate_checkpoints(str(self.run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self.model.save_trained(output_dir, state_dict)
+            self.processor.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.model.load_trained(resume_from_checkpoint)  # raises where a weight is missing; Trainer would warn
+
+    def _load_best_model(self) -> None:
+        self.model.load_trained(self.state.best_model_checkpoint)
+
+
+class RunCallback(TrainerCallback):
+    """Keeps the sampler's epoch, asks for checkpoints inside an epoch, and writes `log.jsonl`.
+
+    Args:
+        sampler: Of the training bags.
+        save_every: Steps between checkpoints, if any. None is made at an epoch's last step, where one is made anyway.
+        log_file: A line for each entry of the trainer's log.
+    """
+
+    def __init__(self, sampler: BagSampler, save_every: int | None, log_file: Path) -> None:
+        self.sampler = sampler
+        self.save_every = save_every
+        self.log_file = log_file
+        self.steps_per_epoch = 1
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader,
+        **kwargs: Any,
+    ) -> None:
+        self.steps_per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        # Without what a killed run logged after its checkpoint.
+        self._write_log(state, "w", state.log_history)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.epoch = state.global_step // self.steps_per_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        is_epoch_end = state.global_step % self.steps_per_epoch == 0
+        if self.save_every is not None and state.global_step % self.save_every == 0 and not is_epoch_end:
+            control.should_save = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write_log(state, "a", state.log_history[-1:])
+
+    def _write_log(self, state: TrainerState, mode: str, entries: list[dict[str, Any]]) -> None:
+        if state.is_world_process_zero:
+            with self.log_file.open(mode) as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class ShareSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of one process: its share of each block, which makes one optimizer step.
+
+    An incomplete last block is shared evenly. accelerate would fill it up with bags of the first block, so that the
+    number of processes would change what is learned. Here a bag is repeated only where there are fewer than batches.
+
+    Args:
+        sampler: All bags, block after block.
+        batch_size: Bags in a batch, at most.
+        num_processes: Processes that train together.
+        process_index: Which of them this is.
+    """
+
+    def __init__(self, sampler: BagSampler, *, batch_size: int, num_processes: int, process_index: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def __len__(self) -> int:
+        blocks, rest = divmod(len(self.sampler), self.sampler.block)
+        return blocks * self._num_batches(self.sampler.block) + self._num_batches(rest)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        bags = iter(self.sampler)
+        while block := list(itertools.islice(bags, self.sampler.block)):
+            num_parts = self._num_batches(len(block)) * self.num_processes
+            for part in range(self.process_index, num_parts, self.num_processes):
+                start, end = part * len(block) // num_parts, (part + 1) * len(block) // num_parts
+                yield block[start:end] or block[-1:]
+
+    def _num_batches(self, num_bags: int) -> int:
+        """Batches that each process makes of a block."""
+        return math.ceil(num_bags / (self.batch_size * self.num_processes))
+
+
+def _move_whole(unfinished: Path, folder: Path) -> None:
+    """Renames a folder once all that is in it is on the disk."""
+    for path in [*unfinished.rglob("*"), unfinished]:
+        _sync(path)
+    unfinished.rename(folder)
+    unfinished.parent.rmdir()
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

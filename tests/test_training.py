@@ -1,0 +1,444 @@
+"""Training: the same steps however a batch is divided, and the same end whether or not a run was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mivpg import training
+from mivpg.bags import BagDataset, BagSampler
+from mivpg.errors import BagError, MivpgError
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+from mivpg.training import ModelConfig, ShareSampler, train
+from training_script import make_world, tiny_train_config
+
+torch.set_num_threads(1)  # as in the scripts: sums have to come out the same bit for bit
+
+SCRIPT = Path(__file__).with_name("training_script.py")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def scores(monkeypatch) -> list[float]:
+    """CIDEr of one validation after another, to say which epoch is the best; zero after the last."""
+    script: list[float] = []
+
+    class ScriptedScorer:
+        def __init__(self, references, metrics):
+            self.ids = set(references)
+
+        def score(self, predictions):
+            assert set(predictions) == self.ids
+            return {"CIDEr": script.pop(0) if script else 0.0, "BLEU@4": 0.0}
+
+    monkeypatch.setattr(training, "CaptionScorer", ScriptedScorer)
+    return script
+
+
+def run_script(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, SCRIPT, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def logged(run_dir: Path, name: str) -> list[float]:
+    """One value a step or an epoch, from the run's log."""
+    entries = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [entry[name] for entry in entries if name in entry]
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in run_dir.glob("checkpoint-*"))
+
+
+# However a batch is divided
+
+
+@pytest.fixture(scope="module")
+def two_processes(world, tmp_path_factory) -> Path:
+    """Runs `opt` and `t5`, each by two processes with batches of 4."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = [{"output_dir": str(folder / name), "language": name, "batch_size": 4} for name in ("opt", "t5")]
+    result = run_script(world, json.dumps(runs), processes=2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("language", ["opt", "t5"])
+def test_division_of_a_batch_does_not_change_the_losses(world, two_processes, tmp_path, language):
+    whole, divided = tmp_path / "whole", tmp_path / "divided"
+    train(tiny_train_config(world, output_dir=whole, language=language, batch_size=8))
+    train(tiny_train_config(world, output_dir=divided, language=language, batch_size=2, gradient_accumulation_steps=4))
+    expected = torch.tensor(logged(whole, "loss"))
+    assert len(expected) == 6  # 21 bags: two blocks of 8 and one of 5, twice
+    assert expected.max() - expected.min() > 0.1
+    for run_dir in (divided, two_processes / language):
+        torch.testing.assert_close(torch.tensor(logged(run_dir, "loss")), expected, rtol=0, atol=1e-5)
+        assert_close_weights(run_dir / "best", whole / "best")
+        assert logged(run_dir, "eval_BLEU@4") == pytest.approx(logged(whole, "eval_BLEU@4"))
+
+
+def assert_close_weights(found: Path, expected: Path) -> None:
+    weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    for name in expected_weights:
+        # Softmax does not see the bias of a key: its gradient is rounding, which AdamW makes into whole steps.
+        if not name.endswith(".key.bias"):
+            torch.testing.assert_close(weights[name], expected_weights[name], rtol=0, atol=1e-4, msg=name)
+
+
+@given(
+    num_bags=st.integers(1, 40),
+    batch_size=st.integers(1, 4),
+    num_processes=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    epoch=st.integers(0, 2),
+)
+def test_processes_share_each_block(num_bags, batch_size, num_processes, accumulation, epoch):
+    sampler = BagSampler(range(num_bags), seed=0, block=batch_size * num_processes * accumulation)
+    sampler.epoch = epoch
+    shares = [
+        ShareSampler(sampler, batch_size=batch_size, num_processes=num_processes, process_index=index)
+        for index in range(num_processes)
+    ]
+    batches = [list(share) for share in shares]
+    assert [len(share) for share in shares] == [len(share) for share in batches]
+    assert len({len(share) for share in batches}) == 1  # no process waits for another
+    assert all(1 <= len(batch) <= batch_size for share in batches for batch in share)
+
+    order = list(sampler)
+    for step, start in enumerate(range(0, num_bags, sampler.block)):
+        of_step = slice(step * accumulation, (step + 1) * accumulation)
+        seen = Counter(bag for share in batches for batch in share[of_step] for bag in batch)
+        block = order[start : start + sampler.block]
+        assert set(seen) == set(block)
+        if len(block) >= sum(len(share[of_step]) for share in batches):
+            assert set(seen.values()) == {1}
+
+
+# Whether or not a run was killed
+
+
+KILLED = {
+    "dropout": 0.1,
+    "num_train_epochs": 3,
+    "batch_size": 2,
+    "save_steps": 4,
+    "save_total_limit": 20,
+    "early_stopping_patience": 2,
+    "num_workers": 1,
+}
+"""11 steps an epoch, so checkpoints after steps 4, 8, 11, 12, 16, 20, 22, …"""
+
+
+@pytest.fixture(scope="module")
+def unbroken(world, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("unbroken") / "run"
+    train(tiny_train_config(world, output_dir=run_dir, **KILLED))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("kill", "newest"),
+    [
+        (("--kill-at", "15"), 12),  # between two checkpoints of the second epoch
+        (("--kill-in-save", "22"), 20),  # as the second epoch ends: model and optimizer are written, the rest is not
+    ],
+)
+def test_a_killed_run_ends_as_an_unbroken_one(world, unbroken, tmp_path, capsys, kill, newest):
+    run_dir = tmp_path / "run"
+    runs = json.dumps([KILLED | {"output_dir": str(run_dir)}])
+    killed = run_script(world, runs, *kill)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert max(checkpoints(run_dir)) == newest
+
+    train(tiny_train_config(world, output_dir=run_dir, **KILLED), resume=True)
+    assert f"Resuming from step {newest} (epoch {newest / 11:.2f})." in capsys.readouterr().out
+    assert checkpoints(run_dir) == checkpoints(unbroken)
+    assert {path.name for path in run_dir.iterdir()} == {path.name for path in unbroken.iterdir()}
+    for step in checkpoints(unbroken):
+        assert_same_checkpoint(run_dir / f"checkpoint-{step}", unbroken / f"checkpoint-{step}")
+    assert logged(run_dir, "loss") == logged(unbroken, "loss")
+    assert logged(run_dir, "eval_CIDEr") == logged(unbroken, "eval_CIDEr")
+    best, expected = (load_file(folder / "best" / "model.safetensors") for folder in (run_dir, unbroken))
+    assert all(torch.equal(best[name], expected[name]) for name in expected)
+
+
+def assert_same_checkpoint(found: Path, expected: Path) -> None:
+    """Bit for bit: weights, optimizer, schedule and random numbers."""
+    weights, expected_weights = load_file(found / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights), found.name
+    for file in ("optimizer.pt", "scheduler.pt"):
+        state, expected_state = (torch.load(folder / file, weights_only=True) for folder in (found, expected))
+        torch.testing.assert_close(state, expected_state, rtol=0, atol=0)
+
+
+def test_no_checkpoint_is_made_twice(world, tmp_path, scores, monkeypatch):
+    saved = []
+    save_checkpoint = training.MivpgTrainer._save_checkpoint
+
+    def spy(self, *args):
+        saved.append(self.state.global_step)
+        save_checkpoint(self, *args)
+
+    monkeypatch.setattr(training.MivpgTrainer, "_save_checkpoint", spy)
+    train(tiny_train_config(world, output_dir=tmp_path / "run", save_steps=1))
+    assert saved == [1, 2, 3, 4, 5, 6]
+
+
+def test_each_epoch_has_an_order_of_its_own(world, tmp_path, scores, monkeypatch):
+    opened = []
+    get_bag = BagDataset.__getitem__
+
+    def spy(self, index):
+        if self.training:
+            opened.append(index)
+        return get_bag(self, index)
+
+    monkeypatch.setattr(BagDataset, "__getitem__", spy)
+    config = tiny_train_config(world, output_dir=tmp_path / "run", save_steps=2)
+    train(config)
+    first, second = opened[:21], opened[21:]
+    assert {epoch for epoch, _ in first} == {0}
+    assert {epoch for epoch, _ in second} == {1}
+    assert [index for _, index in first] != [index for _, index in second]
+
+    config.output_dir = tmp_path / "resumed"
+    crash_after(config, step=5)
+    opened.clear()
+    train(config, resume=True)  # from checkpoint 4, which is one step into the second epoch
+    assert opened == second[8:]
+
+
+def test_early_stopping_counts_on_after_resuming(world, tmp_path, scores, capsys):
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=6, early_stopping_patience=2)
+    scores += [0.3, 0.1]
+    crash_after(config, step=7)
+    scores += [0.2, 0.9]
+    train(config, resume=True)
+    assert "Resuming from step 6 (epoch 2.00)." in capsys.readouterr().out
+    assert checkpoints(tmp_path / "run") == [3, 9]  # the best, and the third epoch: two without improvement
+    assert logged(tmp_path / "run", "eval_CIDEr") == [0.3, 0.1, 0.2]
+
+
+def crash_after(config, step):
+    """Trains until a step and no further."""
+
+    class Crash(Exception):
+        pass
+
+    def crash(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(training.RunCallback, "on_step_begin", crash, raising=False)
+        train(config)
+
+
+# What a run leaves
+
+
+def test_best_is_the_model_of_the_best_epoch(world, tmp_path, scores):
+    scores += [0.1, 0.8, 0.5]
+    run_dir = tmp_path / "run"
+    best = train(tiny_train_config(world, output_dir=run_dir, num_train_epochs=3))
+    assert best == run_dir / "best"
+    assert checkpoints(run_dir) == [6, 9]
+    weights, of_best, of_last = (
+        load_file(folder / "model.safetensors") for folder in (best, run_dir / "checkpoint-6", run_dir / "checkpoint-9")
+    )
+    assert all(torch.equal(weights[name], of_best[name]) for name in of_best)
+    assert not torch.equal(weights["query_tokens"], of_last["query_tokens"])
+    assert not any((best / file).exists() for file in ("optimizer.pt", "rng_state.pth", "trainer_state.json"))
+    assert not (run_dir / ".unfinished").exists()
+    MivpgForConditionalGeneration.from_pretrained(best)
+
+
+def test_frozen_weights_stay_and_the_rest_moves(world, tmp_path, scores):
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
+    training.set_seed(config.seed)
+    before, _ = config.model.load()
+    before = before.state_dict()
+    after = MivpgForConditionalGeneration.from_pretrained(train(config))
+    for name, weight in after.state_dict().items():
+        moved = not torch.equal(weight, before[name])
+        if not name.endswith(".key.bias"):  # as above
+            assert moved == after.trains(name), name
+    assert 0 < sum(after.trains(name) for name in before) < len(before)
+
+
+def test_weight_decay_spares_biases_and_norms(world, tmp_path, scores):
+    trainer = make_trainer(tiny_train_config(world, output_dir=tmp_path / "run"))
+    decayed, spared = trainer.create_optimizer().param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
+    assert {parameter.ndim for parameter in spared["params"]} == {1}
+    assert min(parameter.ndim for parameter in decayed["params"]) == 2
+    assert any(parameter is trainer.model.query_tokens for parameter in decayed["params"])
+
+
+def make_trainer(config):
+    samples = config.dataset.load()
+    model, processor = config.model.load()
+    return training.MivpgTrainer(
+        model,
+        training._training_arguments(config, validate=True),
+        processor,
+        BagDataset(samples, training=True),
+        BagDataset(samples),
+        validation=config.validation,
+    )
+
+
+def test_without_validation_the_last_checkpoint_is_kept(world, tmp_path, capsys):
+    bags = [json.loads(line) for line in (world / "bags.jsonl").read_text().splitlines()]
+    file = world / "no_val.jsonl"
+    file.write_text("".join(json.dumps(bag | {"split": "train"}) + "\n" for bag in bags))
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    config.dataset.bag_file.path = file
+    best = train(config)
+    assert "no validation split" in capsys.readouterr().out
+    last = tmp_path / "run" / f"checkpoint-{max(checkpoints(tmp_path / 'run'))}"
+    weights, of_last = load_file(best / "model.safetensors"), load_file(last / "model.safetensors")
+    assert all(torch.equal(weights[name], of_last[name]) for name in of_last)
+
+    with pytest.raises(MivpgError, match="early_stopping_patience is set, but the data set has no validation split"):
+        train(replace(config, output_dir=tmp_path / "other", early_stopping_patience=1))
+    assert not (tmp_path / "other").exists()
+
+
+# What goes wrong
+
+
+def test_a_run_folder_in_use(world, tmp_path, scores, capsys):
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
+    best = train(config)
+    with pytest.raises(MivpgError, match=r"output_dir: .*run is not empty; resume the run in it"):
+        train(config)
+    for other, message in (
+        (replace(config, early_stopping_patience=2), "early_stopping_patience = None and is resumed with 2"),
+        (replace(config, model=replace(config.model, num_query_tokens=4)), "model.num_query_tokens = 3 .* with 4"),
+    ):
+        with pytest.raises(MivpgError, match=f"config.yaml: the run was begun with {message}"):
+            train(other, resume=True)
+    assert train(config, resume=True) == best  # finished: nothing is left to do
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    assert train(replace(config, output_dir=moved), resume=True) == moved / "best"
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").touch()
+    with pytest.raises(MivpgError, match=r"notes holds no config.yaml, expected the folder of a run"):
+        train(replace(config, output_dir=tmp_path / "notes"), resume=True)
+    with pytest.raises(MivpgError, match=r"todo.txt is a file, expected a folder"):
+        train(replace(config, output_dir=tmp_path / "notes" / "todo.txt"))
+
+
+def test_resuming_with_other_bags(world, tmp_path, scores):
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    file = world / "growing.jsonl"
+    lines = (world / "bags.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[4:]))
+    config.dataset.bag_file.path = file
+    crash_after(config, step=4)
+    file.write_text("".join(lines))
+    with pytest.raises(MivpgError, match=r"data.yaml: the run was begun with num_bags = 22 and is resumed with 26;"):
+        train(config, resume=True)
+
+
+def test_resuming_nothing_is_starting(world, tmp_path, scores, capsys):
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
+    crash_after(config, step=2)  # before the first checkpoint
+    config = replace(config, learning_rate=0.02)
+    assert train(config, resume=True) == tmp_path / "run" / "best"
+    assert "run: there is nothing to resume, so this starts." in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(world, tmp_path, scores):
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    compute_loss = training.MivpgTrainer.compute_loss
+
+    def poisoned(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) * (float("nan") if self.state.global_step == 4 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.MivpgTrainer, "compute_loss", poisoned)
+        with pytest.raises(MivpgError, match=r"step 5 has loss nan .* good checkpoint is .*checkpoint-3\.") as error:
+            train(config)
+    assert "\n" not in str(error.value)
+    assert checkpoints(tmp_path / "run") == [3]
+    train(config, resume=True)  # goes on from the third step
+
+
+def test_a_checkpoint_without_a_trained_weight(world, tmp_path, scores):
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    crash_after(config, step=4)
+    file = tmp_path / "run" / "checkpoint-3" / "model.safetensors"
+    weights = load_file(file)
+    del weights["query_tokens"]
+    save_file(weights, file)
+    with pytest.raises(MivpgError, match="query_tokens"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bag_that_cannot_be_opened(world, tmp_path, scores, num_workers):
+    bags = [json.loads(line) for line in (world / "bags.jsonl").read_text().splitlines()]
+    (world / "bad.npy").write_bytes((world / "3.npy").read_bytes()[:128] + bytes.fromhex("0000c07f") * 144)  # NaN
+    bags[3]["features"] = "bad.npy"
+    file = world / "bad.jsonl"
+    file.write_text("".join(json.dumps(bag) + "\n" for bag in bags))
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_workers=num_workers)
+    config.dataset.bag_file.path = file
+    with pytest.raises(BagError, match=r"bag 'bag3': .*bad.npy") as error:
+        train(config)
+    assert "\n" not in str(error.value)
+
+
+def test_bags_that_the_model_cannot_read(world, tmp_path):
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    config.model.image_embeds_size = 99
+    with pytest.raises(MivpgError, match=r"0.npy: features are 12 wide, the model expects 99"):
+        train(config)
+    file = world / "images.jsonl"
+    file.write_text(json.dumps({"id": "a", "images": ["bags.jsonl"], "captions": ["a chair"], "split": "train"}) + "\n")
+    config.dataset.bag_file.path = file
+    with pytest.raises(MivpgError, match=r"bag 'a' has images, but the model has no vision model"):
+        train(config)
+    file.write_text(file.read_text().replace("train", "test"))
+    with pytest.raises(MivpgError, match=r"none of its 1 bags is in the train split"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_named_by_base_or_by_language(world):
+    for config, message in (
+        (ModelConfig(), "expected a base, or a language model"),
+        (ModelConfig(language="opt"), "expected a vision model, or image_embeds_size"),
+        (
+            ModelConfig(base="blip2", language="opt", num_query_tokens=8),
+            "base brings its own language, num_query_tokens",
+        ),
+    ):
+        with pytest.raises(MivpgError, match=f"model: {message}"):
+            config.load()
