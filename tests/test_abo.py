@@ -265,7 +265,7 @@ def test_a_pickle_runs_nothing(shop):
     victim = shop.root / "made by the pickle"
     pickled(shop.root / "c.pkl", {"B1": [Malicious(victim)]})
     assert shop.error(captions=shop.root / "c.pkl") == (
-        f"{shop.root / 'c.pkl'} wants to run posix.mkdir, expected a pickle of plain dicts and lists."
+        f"{shop.root / 'c.pkl'} wants to run 'posix.mkdir', expected a pickle of plain dicts and lists."
     )
     assert not victim.exists()
     pickle.loads((shop.root / "c.pkl").read_bytes())
@@ -277,7 +277,7 @@ def test_builtins_that_are_no_containers_are_refused(shop, name):
     shop.add("B1", "aaa", "bbb")
     module, _, attribute = f"builtins\n{name}\n".partition("\n")
     (shop.root / "c.pkl").write_bytes(f"c{module}\n{attribute}.".encode())
-    assert f"wants to run builtins.{name}," in shop.error(captions=shop.root / "c.pkl")
+    assert f"wants to run 'builtins.{name}'," in shop.error(captions=shop.root / "c.pkl")
 
 
 @pytest.mark.parametrize(
@@ -285,16 +285,16 @@ def test_builtins_that_are_no_containers_are_refused(shop, name):
     [
         ("c.json", b"{", "is not JSON"),
         ("c.json", b"[]", "holds a list, expected item_id -> list of captions"),
-        ("c.json", b'{"B1": "a chair"}', "captions of B1 are 'a chair', expected a list of texts"),
-        ("c.json", b'{"B1": [1]}', "captions of B1 are [1], expected a list of texts"),
+        ("c.json", b'{"B1": "a chair"}', "captions of 'B1' are 'a chair', expected a list of texts"),
+        ("c.json", b'{"B1": [1]}', "captions of 'B1' are [1], expected a list of texts"),
         ("c.json", b'{"B1": ["St\xfchle"]}', "cannot be read: 'utf-8' codec"),
         ("c.csv", b"asin,text\nB1,a chair\n", "has the columns asin, text, expected item_id and caption"),
         ("c.csv", b"", "has the columns (none), expected item_id and caption"),
-        ("c.csv", b"item_id,caption\nB1\n", "captions of B1 are [None]"),
+        ("c.csv", b"item_id,caption\nB1\n", "captions of 'B1' are [None]"),
         ("c.pkl", b"version https://git-lfs.github.com/spec/v1\n", "is no pickle of plain data"),
         ("c.pkl", b"", "is no pickle of plain data"),
         ("c.pkl", pickle.dumps({1: ["a chair"]}), "has the key 1, expected an item_id"),
-        ("c.pkl", pickle.dumps({0: ["a"], "pcs_name": ["B1", "B2"]}), "captions of B2 are None"),
+        ("c.pkl", pickle.dumps({0: ["a"], "pcs_name": ["B1", "B2"]}), "captions of 'B2' are None"),
         ("c.txt", b"", "ends in '.txt', expected captions, .json, .csv, .pkl"),
     ],
 )

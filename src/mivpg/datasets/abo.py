@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 IMAGES_CSV = Path("images", "metadata", "images.csv.gz")
 LISTINGS = "listings/metadata/listings_*.json.gz"
 
+UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    *(AttributeError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError, ValueError),
+)
+"""What a damaged pickle raises."""
+
 
 @dataclass(kw_only=True)
 class AboConfig:
@@ -183,7 +189,7 @@ def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
         if not isinstance(item_id, str):
             raise MivpgError(f"{path} has the key {item_id!r}, expected an item_id.")
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise MivpgError(f"{path}: captions of {item_id} are {captions!r}, expected a list of texts.")
+            raise MivpgError(f"{path}: captions of {item_id!r} are {captions!r}, expected a list of texts.")
     return {item_id: tuple(captions) for item_id, captions in data.items() if captions}
 
 
@@ -217,7 +223,7 @@ def _read_pickle(path: Path) -> Any:
             return _DataUnpickler(path, file).load()
     except OSError as error:
         raise MivpgError(f"{path} cannot be read: {error.strerror}.") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except UNPICKLING_ERRORS as error:
         raise MivpgError(f"{path} is no pickle of plain data: {' '.join(str(error).split())}.") from None
 
 
@@ -240,7 +246,9 @@ class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         allowed = self.ALLOWED.get((module.replace("__builtin__", "builtins"), name))  # Python 2 wrote __builtin__
         if allowed is None:
-            raise MivpgError(f"{self.path} wants to run {module}.{name}, expected a pickle of plain dicts and lists.")
+            raise MivpgError(
+                f"{self.path} wants to run {f'{module}.{name}'!r}, expected a pickle of plain dicts and lists."
+            )
         return allowed
 
 
