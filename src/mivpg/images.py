@@ -43,6 +43,8 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             _check(path, image)
             return _as_rgb(path, ImageOps.exif_transpose(image))
+    except BagError:  # already one of ours, which are ValueErrors, too
+        raise
     except FileNotFoundError:
         raise BagError(f"{path} does not exist, expected a picture.") from None
     except UnidentifiedImageError:

@@ -221,6 +221,8 @@ def _read_pickle(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _DataUnpickler(path, file).load()
+    except MivpgError:  # already one of ours, which are ValueErrors, too
+        raise
     except OSError as error:
         raise MivpgError(f"{path} cannot be read: {error.strerror}.") from None
     except UNPICKLING_ERRORS as error:
