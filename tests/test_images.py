@@ -178,6 +178,7 @@ def test_a_file_without_permission(tmp_path, photo, monkeypatch):
         open_image(tmp_path / "a.png")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes the filter of the module
 @pytest.mark.parametrize("side", [13_350, 30_000])
 def test_decompression_bombs_are_refused_undecoded(tmp_path, side):
     """13,350 squared lies between our limit and Pillow's error; 30,000 squared beyond both."""
