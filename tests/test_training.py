@@ -99,6 +99,15 @@ def test_division_of_a_batch_does_not_change_the_losses(world, two_processes, tm
         assert logged(run_dir, "eval_BLEU@4") == pytest.approx(logged(whole, "eval_BLEU@4"))
 
 
+@pytest.mark.parametrize(("option", "tolerance"), [("gradient_checkpointing", 1e-5), ("bf16", 0.05)])
+def test_saving_memory_hardly_changes_the_losses(world, tmp_path, scores, option, tolerance):
+    train(tiny_train_config(world, output_dir=tmp_path / "plain"))
+    train(tiny_train_config(world, output_dir=tmp_path / "saving", **{option: True}))
+    plain, saving = (torch.tensor(logged(tmp_path / name, "loss")) for name in ("plain", "saving"))
+    torch.testing.assert_close(saving, plain, rtol=0, atol=tolerance)
+    assert torch.equal(saving, plain) == (option == "gradient_checkpointing")
+
+
 def assert_close_weights(found: Path, expected: Path) -> None:
     weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (found, expected))
     for name in expected_weights:
@@ -263,8 +272,9 @@ def crash_after(config, step):
 def test_best_is_the_model_of_the_best_epoch(world, tmp_path, scores):
     scores += [0.1, 0.8, 0.5]
     run_dir = tmp_path / "run"
-    best = train(tiny_train_config(world, output_dir=run_dir, num_train_epochs=3))
+    best = train(tiny_train_config(world, output_dir=run_dir, num_train_epochs=3, logging_steps=100))
     assert best == run_dir / "best"
+    assert len(logged(run_dir, "loss")) == 3
     assert checkpoints(run_dir) == [6, 9]
     weights, of_best, of_last = (
         load_file(folder / "model.safetensors") for folder in (best, run_dir / "checkpoint-6", run_dir / "checkpoint-9")
@@ -362,7 +372,9 @@ def test_resuming_with_other_bags(world, tmp_path, scores):
     config.dataset.bag_file.path = file
     crash_after(config, step=4)
     file.write_text("".join(lines))
-    with pytest.raises(MivpgError, match=r"data.yaml: the run was begun with num_bags = 22 and is resumed with 26;"):
+    with pytest.raises(
+        MivpgError, match=r"data.yaml: the run was begun with num_train_bags = 17 and is resumed with 21;"
+    ):
         train(config, resume=True)
 
 
@@ -399,6 +411,7 @@ def test_a_checkpoint_without_a_trained_weight(world, tmp_path, scores):
     save_file(weights, file)
     with pytest.raises(MivpgError, match="query_tokens"):
         train(config, resume=True)
+    assert checkpoints(tmp_path / "run") == [3]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -168,6 +168,7 @@ class TrainConfig:
     save_total_limit: int = 2
     """Checkpoints to keep; the newest and the best are always kept."""
     logging_steps: int = 10
+    """Steps between two lines of the log; each epoch's end has one, too."""
     report_to: list[str] = dataclasses.field(default_factory=list)
     """Trackers that transformers knows, such as `tensorboard` or `wandb`."""
     num_workers: int = 2
@@ -218,7 +219,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         early_stopping_patience=config.early_stopping_patience,
         save_every=config.save_steps,
     )
-    data = _describe_data(train_samples + val_samples, args.world_size)
+    data = _describe_data(train_samples, val_samples, args.world_size)
     if checkpoint is None:
         trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
         if args.should_save:
@@ -302,12 +303,13 @@ def _as_plain(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(given, default=str))
 
 
-def _describe_data(samples: list[Sample], num_processes: int) -> dict[str, Any]:
+def _describe_data(train_samples: list[Sample], val_samples: list[Sample], num_processes: int) -> dict[str, Any]:
     """What decides, beside the config, which bags a step sees."""
-    records = [(sample.id, sample.split, bag_size(sample), sample.prompt, sample.captions) for sample in samples]
+    records = [(sample.id, bag_size(sample), sample.prompt, sample.captions) for sample in train_samples + val_samples]
     return {
         "num_processes": num_processes,
-        "num_bags": len(samples),
+        "num_train_bags": len(train_samples),
+        "num_val_bags": len(val_samples),
         "sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
     }
 
@@ -435,7 +437,7 @@ class MivpgTrainer(Trainer):
         """Called before each optimizer step: the last moment to stop before the weights are lost."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if not (math.isfinite(self._tr_loss) and math.isfinite(grad_norm)):
-            checkpoint = get_last_checkpoint(self.run_dir)
+            checkpoint = get_last_checkpoint(self.run_dir) or "none"
             raise MivpgError(
                 f"{self.run_dir}: step {self.state.global_step + 1} has loss {self._tr_loss.item()} and gradient norm "
                 f"{float(grad_norm)}, expected numbers; the last good checkpoint is {checkpoint}. "
@@ -537,7 +539,7 @@ class MivpgTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Keeps the sampler's epoch, asks for checkpoints inside an epoch, and writes `log.jsonl`.
+    """Keeps the sampler's epoch, asks for checkpoints inside an epoch and a log at its end, and writes `log.jsonl`.
 
     Args:
         sampler: Of the training bags.
@@ -572,6 +574,11 @@ class RunCallback(TrainerCallback):
         is_epoch_end = state.global_step % self.steps_per_epoch == 0
         if self.save_every is not None and state.global_step % self.save_every == 0 and not is_epoch_end:
             control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        control.should_log = True  # a small data set may never reach `logging_steps`
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._write_log(state, "a", state.log_history[-1:])
