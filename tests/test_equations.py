@@ -214,6 +214,21 @@ def test_position_encoding(grid: str, num_images: int) -> None:
     assert np.abs(expected - instances[0].numpy()).max() > EFFECT
 
 
+@torch.no_grad()
+def test_position_encoding_ends_at_the_edge() -> None:
+    """Two thin strips of a slide, far apart: what stands at the right end of a row is no neighbour of the next row."""
+    setting = Setting("none", "none", "ppeg")
+    part, weights = randomized(PyramidPositionEncoding(12))
+    image_coords = torch.tensor([[[x, y] for y in range(5) for x in (0, 1, 30)]]).double()
+    image_embeds, image_mask = random_bags((15,), num_patches=1)
+    instances = image_embeds[:, :, 0].double()
+    encoded = part(instances, model_of(setting).get_instance_grid(image_embeds, image_mask, image_coords))[0]
+    expected = encode_positions(
+        weights, "part", setting, image_embeds[0].numpy(), instances[0].numpy(), image_coords[0].numpy()
+    )
+    np.testing.assert_allclose(encoded, expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("pooling", PATCH_POOLINGS)
 @torch.no_grad()
 def test_instances(pooling: str) -> None:
