@@ -92,7 +92,7 @@ def tiny_train_config(
         ),
         dataset=DatasetConfig(bag_file=BagFileConfig(path=world / "bags.jsonl")),
         output_dir=Path(output_dir),
-        **defaults | options,
+        **{"references": "random"} | defaults | options,
     )
 
 

@@ -86,6 +86,11 @@ def select(samples: Iterable[Sample], split: str) -> list[Sample]:
     return [s for s in samples if s.split in (split, "all") or (s.split is None and unsplit_belong)]
 
 
+def one_pair_a_reference(samples: Iterable[Sample]) -> list[Sample]:
+    """A sample for each reference of each bag, so that an epoch trains on every pair once, as BLIP-2 does on COCO."""
+    return [replace(sample, captions=(caption,)) for sample in samples for caption in sample.captions]
+
+
 def assign_splits(
     samples: Sequence[Sample], *, seed: int, fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
 ) -> list[Sample]:

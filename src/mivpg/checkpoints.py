@@ -114,8 +114,7 @@ class CheckpointMixin(PreTrainedModel):
                 `quantization_config`, …) goes to transformers for both models.
 
         Raises:
-            MivpgError: There is no such model.
-            ValueError: Neither a vision model nor `image_embeds_size`.
+            MivpgError: There is no such model, or neither a vision model nor `image_embeds_size`.
         """
         fields, kwargs = split_fields(kwargs)
         vision_model = None
@@ -125,7 +124,7 @@ class CheckpointMixin(PreTrainedModel):
             if num_prefix_tokens is None:
                 num_prefix_tokens = num_tokens - num_patches
         elif image_embeds_size is None:
-            raise ValueError("Without a vision model, image_embeds_size has to say how wide the image embeddings are.")
+            raise MivpgError("Without a vision model, image_embeds_size has to say how wide the image embeddings are.")
         text_config = load_auto_config(language)
         language_model = language_model_class(text_config).from_pretrained(language, **kwargs)
         if isinstance(qformer_config, MivpgQFormerConfig):
@@ -240,12 +239,14 @@ class CheckpointMixin(PreTrainedModel):
         except OSError as error:
             raise MivpgError(f"{directory}: no trained weights here: {first_line(error)}") from error
         weights = load_file(file)
-        names = self.saved_names()
-        if missing := sorted(names - weights.keys()):
+        if missing := sorted(self.saved_names() - weights.keys()):
             raise MivpgError(f"{file}: {len(missing)} trained weights are missing, first {missing[0]}.")
-        if unknown := sorted(weights.keys() - names):
+        if unknown := sorted(weights.keys() - {name for name, _ in self.named_parameters()}):
             raise MivpgError(f"{file}: {len(unknown)} weights have no place in this model, first {unknown[0]}.")
         self.load_state_dict(weights, strict=False)
+        self._names_outside_base |= (
+            weights.keys()
+        )  # once trained they differ from the base, also where they no longer train
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Writes the whole model, base and all, for sharing; `save_trained` writes only what trained."""

@@ -38,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mivpg.checkpoints import CheckpointMixin, language_model_class
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
+from mivpg.errors import MivpgError
 
 ABMIL_HIDDEN_SIZE = 128
 """L of Eq. 4."""
@@ -587,9 +588,9 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             (B, N, P, D), zero for padding. A feature map (a ResNet's) is flattened row by row.
         """
         if self.vision_model is None:
-            raise ValueError("This model has no vision model (config.vision_config is None): pass image_embeds.")
+            raise MivpgError("This model has no vision model (config.vision_config is None): pass image_embeds.")
         if pixel_values.ndim != 5:
-            raise ValueError(f"pixel_values are bags of images (B, N, 3, h, w); these are {tuple(pixel_values.shape)}.")
+            raise MivpgError(f"pixel_values are bags of images (B, N, 3, h, w); these are {tuple(pixel_values.shape)}.")
         real = pixel_values.flatten(0, 1) if image_mask is None else pixel_values[image_mask.bool()]
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         trains = any(parameter.requires_grad for parameter in self.vision_model.parameters())
@@ -612,24 +613,24 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             Instances (B, M, D), zero for padding, M = N or N·P, and their mask (B, M), None where there is none.
         """
         if image_embeds.ndim != 4 or image_embeds.shape[-1] != self.config.image_embeds_size:
-            raise ValueError(
+            raise MivpgError(
                 f"image_embeds are bags of images (B, N, P, D) with D = {self.config.image_embeds_size}; "
                 f"these are {tuple(image_embeds.shape)}."
             )
         if image_mask is not None:
             if image_mask.shape != image_embeds.shape[:2]:
-                raise ValueError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
+                raise MivpgError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
             if not image_mask.bool().any(dim=1).all():
-                raise ValueError("A bag without a real image: a row of image_mask is zero throughout.")
+                raise MivpgError("A bag without a real image: a row of image_mask is zero throughout.")
         instances = image_embeds.to(self.query_tokens.dtype)
         pooling = self.config.patch_pooling
         if pooling == "none":
-            num_patches = image_embeds.shape[2]
-            instances = self.project_instances(instances)
             if image_mask is None:
-                return instances.flatten(1, 2), None  # (B, N*P, D)
-            instances = instances.masked_fill(~image_mask.bool()[:, :, None, None], 0).flatten(1, 2)
-            return instances, image_mask.repeat_interleave(num_patches, dim=1)
+                return self.project_instances(instances).flatten(1, 2), None  # (B, N*P, D)
+            # Real images alone: what stands in padding, be it NaN, is in no sum and in no gradient.
+            real = self.project_instances(instances[image_mask.bool()])  # (n, P, D)
+            instance_mask = image_mask.repeat_interleave(image_embeds.shape[2], dim=1)
+            return scatter_real(real, image_mask).flatten(1, 2), instance_mask
         images = instances.flatten(0, 1) if image_mask is None else instances[image_mask.bool()]  # (n, P, D)
         if pooling == "cls":
             pooled = images[:, 0]
@@ -665,11 +666,14 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             num_prefix_tokens = self.config.num_prefix_tokens
             side = math.isqrt(num_tokens - num_prefix_tokens)
             if side * side != num_tokens - num_prefix_tokens:
-                raise ValueError(
+                raise MivpgError(
                     f"PPEG needs a square grid of patches: {num_tokens} tokens an image less "
                     f"{num_prefix_tokens} before the patches (config.num_prefix_tokens) is no square."
                 )
             return InstanceGrid(num_images=num_images, num_prefix_tokens=num_prefix_tokens, side=side)
+        expected = (batch_size, num_images, 2)
+        if image_coords is not None and image_coords.shape != expected:
+            raise MivpgError(f"image_coords are {tuple(image_coords.shape)}; for these bags (B, N, 2) is {expected}.")
         lengths = [num_images] * batch_size if image_mask is None else image_mask.sum(dim=1).tolist()
         if image_coords is None:
             empty = torch.empty(num_images, 0, device=image_embeds.device)
@@ -694,8 +698,10 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         Returns:
             `embeds` (B, R, H).
         """
-        if image_mask is not None and bool((image_mask[:, 1:] > image_mask[:, :-1]).any()):
-            raise ValueError("Padding has to stand at the end of a bag: image_mask goes from 0 to 1 in a row.")
+        if image_mask is not None:
+            image_mask = image_mask.long()
+            if bool((image_mask[:, 1:] > image_mask[:, :-1]).any()):
+                raise MivpgError("Padding has to stand at the end of a bag: image_mask goes from 0 to 1 in a row.")
         instances, instance_mask = self.get_instances(image_embeds, image_mask)
         grid = None
         if self.config.qformer_config.position_encoding == "ppeg":
@@ -722,7 +728,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         known = {name for name, _ in self.named_modules()} | {name for name, _ in self.named_parameters()}
         for part in self.config.trainable:
             if part not in known and part not in DEFAULT_TRAINABLE:
-                raise ValueError(
+                raise MivpgError(
                     f"config.trainable names {part!r}, but the model has no module or parameter of that name."
                 )
         for name, parameter in self.named_parameters():
@@ -829,16 +835,16 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
     ) -> tuple[Tensor, Tensor]:
         """Text embeddings (B, T, E) whose image marks hold the visual prompts, and these prompts (B, R, E)."""
         if (pixel_values is None) == (image_embeds is None):
-            raise ValueError("Pass either pixel_values or image_embeds.")
+            raise MivpgError("Pass either pixel_values or image_embeds.")
         if image_embeds is None:
             image_embeds = self.get_image_embeds(pixel_values, image_mask, interpolate_pos_encoding)
         prompts = self.language_projection(self.get_visual_prompts(image_embeds, image_mask, image_coords).embeds)
         if self.config.image_token_index is None:
-            raise ValueError("config.image_token_index is None: set it to the processor's image_token_id.")
+            raise MivpgError("config.image_token_index is None: set it to the processor's image_token_id.")
         is_mark = input_ids == self.config.image_token_index  # (B, T)
         num_marks = is_mark.sum(dim=1)
         if (num_marks != prompts.shape[1]).any():
-            raise ValueError(
+            raise MivpgError(
                 f"Texts have {num_marks.tolist()} image marks, the model makes {prompts.shape[1]} visual prompts a bag."
             )
         inputs_embeds = self.get_input_embeddings()(self.language_model_ids(input_ids))
@@ -878,7 +884,7 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
             **kwargs: For the language model.
 
         Raises:
-            ValueError: Shapes or numbers of image marks that do not fit together; the message has both.
+            MivpgError: Shapes or numbers of image marks that do not fit together; the message has both.
         """
         inputs_embeds, prompts = self.prepare_inputs_embeds(
             input_ids, pixel_values, image_embeds, image_mask, image_coords, interpolate_pos_encoding
@@ -983,18 +989,26 @@ def lattice_cells(coords: Tensor) -> Tensor:
     """Row and column (n, 2) of places (n, 2) = x, y on a lattice whose step is the smallest gap on each axis.
 
     Raises:
-        ValueError: Two images in one cell.
+        MivpgError: The places are no lattice, two are the same, or one is no number.
     """
+    if not coords.isfinite().all():
+        raise MivpgError("image_coords hold NaN or infinity; PPEG needs a place for each image.")
     cells = []
     for axis in (1, 0):  # rows are y, columns are x
         values = coords[:, axis].double()
         gaps = values.unique().diff()
         pitch = gaps.min() if len(gaps) else values.new_ones(())
-        cells.append(((values - values.min()) / pitch).round().long())
-    cells = torch.stack(cells, dim=1)
-    if len(cells.unique(dim=0)) < len(cells):
-        raise ValueError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
-    return cells
+        steps = (values - values.min()) / pitch
+        if (steps - steps.round()).abs().max() > 0.1:
+            raise MivpgError(
+                f"image_coords are no regular lattice on the {'xy'[axis]} axis: their smallest gap is {pitch:g}, "
+                "and not all others are multiples of it. PPEG needs the rows and columns that tiles were cut in."
+            )
+        cells.append(steps.round().long())
+    rows_and_columns = torch.stack(cells, dim=1)
+    if len(rows_and_columns.unique(dim=0)) < len(coords):
+        raise MivpgError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
+    return rows_and_columns
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -34,6 +34,8 @@ class MivpgProcessor(ProcessorMixin):
         Longer captions are cut in training, and then carry no end.
     chat (`bool`, *optional*, defaults to `False`):
         Whether a prompt is put into the tokenizer's chat template, as a user's turn.
+    prompt (`str`, *optional*, defaults to `""`):
+        What the captions of bags without a prompt of their own begin with; training sets it to its own.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MivpgProcessor(ProcessorMixin):
         is_encoder_decoder=False,
         max_caption_tokens=None,
         chat=False,
+        prompt="",
     ):
         self.image_token_id = add_image_token(tokenizer)
         self.num_query_tokens = num_query_tokens
@@ -52,6 +55,7 @@ class MivpgProcessor(ProcessorMixin):
         self.is_encoder_decoder = is_encoder_decoder
         self.max_caption_tokens = max_caption_tokens
         self.chat = chat
+        self.prompt = prompt
         if chat and tokenizer.chat_template is None:
             raise MivpgError("chat=True puts prompts into the tokenizer's chat template, but this tokenizer has none.")
         super().__init__(image_processor, tokenizer)
@@ -150,7 +154,7 @@ class MivpgProcessor(ProcessorMixin):
 
         Args:
             images: A list of bags, each a list of pictures or their paths; a list of pictures is one bag.
-            text: The prompt of each bag, or one for all; none by default.
+            text: The prompt of each bag, or one for all; by default the processor's own.
             image_embeds: Instead of images, stored features of each bag, (N, P, D).
             image_coords: x and y of each image of each bag, (N, 2), where they are known.
             captions: For training, the caption of each bag; gives `labels`, and pads on the right. Without them a
@@ -180,7 +184,8 @@ class MivpgProcessor(ProcessorMixin):
         if image_coords is not None:
             batch["image_coords"], _ = pad_bags(list(image_coords))
         num_bags = len(batch["image_mask"])
-        prompts = [text or ""] * num_bags if text is None or isinstance(text, str) else list(text)
+        text = self.prompt if text is None else text
+        prompts = [text] * num_bags if isinstance(text, str) else list(text)
         if len(prompts) != num_bags or (captions is not None and len(captions) != num_bags):
             given = f"{len(prompts)} texts" + ("" if captions is None else f" and {len(captions)} captions")
             raise MivpgError(f"{num_bags} bags and {given}; one of each a bag is needed.")

@@ -38,7 +38,18 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from mivpg.bags import Bag, BagCollator, BagDataset, BagSampler, Sample, bag_size, check_bags, features_shape, select
+from mivpg.bags import (
+    Bag,
+    BagCollator,
+    BagDataset,
+    BagSampler,
+    Sample,
+    bag_size,
+    check_bags,
+    features_shape,
+    one_pair_a_reference,
+    select,
+)
 from mivpg.captioning import GenerationOptions, caption_bags
 from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, PositionEncoding
 from mivpg.datasets import DatasetConfig
@@ -161,6 +172,8 @@ class TrainConfig:
     """How captions of the validation split are written at the end of each epoch."""
     best_metric: Literal["CIDEr", "BLEU@4"] = "CIDEr"
     """Decides which checkpoint becomes `best/`."""
+    references: Literal["each", "random"] = "each"
+    """Of a bag with several: each makes a pair, all trained on in an epoch; or one is drawn at random in each epoch."""
     early_stopping_patience: int | None = None
     """Stop after this many epochs without a better `best_metric`."""
     save_steps: int | None = None
@@ -203,17 +216,19 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     args = _training_arguments(config, validate=bool(val_samples))
     if resume and checkpoint is None:
         _say(f"{config.output_dir}: there is nothing to resume, so this starts.")
-    _say(f"Training on {len(train_samples)} bags, validating on {len(val_samples)}.")
+    pairs = one_pair_a_reference(train_samples) if config.references == "each" else train_samples
+    _say(f"Training on {len(pairs)} captions of {len(train_samples)} bags, validating on {len(val_samples)} bags.")
     if not val_samples:
         _say("There is no validation split, so the last checkpoint is kept as the best.")
     set_seed(config.seed)  # a new Q-Former is drawn here
     model, processor = config.model.load()
+    processor.prompt = config.prompt
     _check_fit(train_samples[0], model)
     trainer = MivpgTrainer(
         model,
         args,
         processor,
-        BagDataset(train_samples, prompt=config.prompt, seed=config.seed, training=True),
+        BagDataset(pairs, prompt=config.prompt, seed=config.seed, training=True),
         BagDataset(val_samples, prompt=config.prompt) if val_samples else None,
         validation=config.validation,
         early_stopping_patience=config.early_stopping_patience,

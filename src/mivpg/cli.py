@@ -1,0 +1,364 @@
+"""The command line. Results meant for machines are files; what is meant for people goes to the terminal.
+
+What a user's input can cause ends in one line on standard error and exit code 1, a wrong command line in 2.
+"""
+
+import difflib
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts.config import Yaml
+
+from mivpg import __version__
+from mivpg.errors import MivpgError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; a command imports what it needs
+    from mivpg.bags import Sample
+    from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+    from mivpg.processing_mivpg import MivpgProcessor
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def versions() -> str:
+    """The package, what it stands on, the device and Java."""
+    import platform
+    import subprocess
+
+    import torch
+    import transformers
+
+    from mivpg.evaluation import find_java
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    java = find_java()
+    java_version = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr.splitlines()
+    return "\n".join(
+        [
+            f"mivpg {__version__}",
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+            f"device: {device}",
+            f"Java: {java} ({java_version[0] if java_version else 'no answer'})",
+        ]
+    )
+
+
+app = App(
+    name="mivpg",
+    version=versions,
+    version_format="plaintext",
+    help="Captions from bags of images: a product's photos, a slide's patches, stored features.",
+)
+
+
+def main(tokens: list[str] | None = None) -> None:
+    """Runs the command line and exits."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("mivpg").setLevel(logging.INFO)
+    try:
+        app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except CycloptsError as error:
+        complain(
+            f"{' '.join(str(error).split())} ('mivpg --help' lists commands, 'mivpg COMMAND --help' their options)"
+        )
+        sys.exit(2)
+    except MivpgError as error:
+        complain(str(error))
+        sys.exit(1)
+    except OSError as error:
+        complain(f"{error.filename or 'system'}: {error.strerror or error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(130)
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"mivpg: {' '.join(message.split())}", file=sys.stderr)
+
+
+# `mivpg train` leaves --help to the fields of its config, so it has no help of its own.
+train_app = App(name="train", help="Fine-tune on bags with captions, as a YAML file says.", help_flags=[])
+app.command(train_app)
+
+
+@train_app.default
+def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+    """Fine-tune on bags with captions, as a YAML file says.
+
+    mivpg train CONFIG.yaml [--resume] [--FIELD VALUE …]; a field of the file given on the command line goes before.
+    """
+    from mivpg.training import TrainConfig
+    from mivpg.training import train as run
+
+    def start(config: Annotated[TrainConfig, Parameter(name="*")], *, resume: bool = False) -> None:
+        """Fine-tune on bags with captions, as a YAML file says; a field given here goes before the file's.
+
+        Args:
+            config: The fields of the YAML file.
+            resume: Go on from the newest checkpoint in `output_dir`.
+        """
+        quiet_transformers()
+        print(run(config, resume=resume))
+
+    file, overrides = (None, list(arguments))
+    if arguments and not arguments[0].startswith("-"):
+        file, overrides = Path(arguments[0]), list(arguments[1:])
+    parse("mivpg train CONFIG.yaml", start, file, overrides)
+
+
+@app.command
+def caption(
+    *images: Path,
+    model: str,
+    bags: Path | None = None,
+    out: Path | None = None,
+    prompt: str | None = None,
+    strict: bool = False,
+    batch_size: int = 8,
+    num_beams: int = 5,
+    max_new_tokens: int = 64,
+    dtype: Dtype = "auto",
+) -> None:
+    """Caption one bag of images, or a file of bags.
+
+    Args:
+        images: The images of one bag; its caption is printed.
+        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
+        bags: Instead of images, a bag file (JSON lines or CSV).
+        out: Where the captions of a bag file go, JSON lines in the order of its bags. An interrupted run goes on there.
+        prompt: What the captions begin with; by default what the model was trained with.
+        strict: Stop at a bag that cannot be read, instead of recording it and going on.
+        batch_size: Bags captioned at once.
+        num_beams: Captions kept at each token; 1 is the fastest.
+        max_new_tokens: Longest caption, in tokens.
+        dtype: Of the frozen models; auto is as they are stored.
+    """
+    from mivpg.bags import Bag
+    from mivpg.captioning import GenerationOptions, caption_bags, caption_file
+    from mivpg.datasets.bag_file import load_bag_file
+    from mivpg.images import open_image
+
+    if bool(images) == (bags is not None):
+        raise MivpgError("caption: give the images of one bag, or --bags FILE --out FILE.")
+    if (bags is None) != (out is None):
+        raise MivpgError("caption: --bags FILE and --out FILE go together.")
+    generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
+    if bags is None:
+        pictures = [open_image(path) for path in images]  # before the model, which takes longer to load
+        loaded, processor = load(model, dtype)
+        bag = Bag(
+            id="command line",
+            images=pictures,
+            image_embeds=None,
+            image_coords=None,
+            prompt=processor.prompt if prompt is None else prompt,
+            caption=None,
+        )
+        print(caption_bags(loaded, processor, [bag], **generation.as_kwargs())[0])
+        return
+    assert out is not None
+    samples = load_bag_file(bags)
+    refuse_existing(out)
+    loaded, processor = load(model, dtype)
+    counts = caption_file(
+        loaded,
+        processor,
+        samples,
+        out,
+        generation=generation,
+        prompt=processor.prompt if prompt is None else prompt,
+        batch_size=batch_size,
+        strict=strict,
+    )
+    print(f"{out}: {counts.num_bags} bags, {counts.num_failed} of them could not be read.")
+
+
+evaluate_app = App(
+    name="evaluate", help="Caption a split and score it, beside floors that cost nothing.", help_flags=[]
+)
+app.command(evaluate_app)
+
+
+@evaluate_app.default
+def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+    """Caption a split and score it, beside floors that cost nothing.
+
+    mivpg evaluate CONFIG.yaml --model DIR --out METRICS.json [--FIELD VALUE …]; of the file the data set is read.
+    """
+    from mivpg.captioning import GenerationOptions
+    from mivpg.datasets import DatasetConfig
+
+    def start(
+        *,
+        model: Annotated[str, Parameter(name="--model")],
+        dataset: DatasetConfig,
+        out: Path,
+        split: Literal["train", "val", "test", "all"] = "test",
+        prompt: str | None = None,
+        batch_size: int = 8,
+        num_beams: int = 5,
+        max_new_tokens: int = 64,
+        dtype: Dtype = "auto",
+        seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        """Caption a split and score it, beside floors that cost nothing.
+
+        Args:
+            model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
+            dataset: As in the YAML file of the training run, which may be given first.
+            out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending.
+            split: Which bags.
+            prompt: What the captions begin with; by default what the model was trained with.
+            batch_size: Bags captioned at once.
+            num_beams: Captions kept at each token; 1 is the fastest.
+            max_new_tokens: Longest caption, in tokens.
+            dtype: Of the frozen models; auto is as they are stored.
+            seed: Of the random floor.
+            strict: Stop at a bag that cannot be read, instead of leaving it out.
+        """
+        generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
+        refuse_existing(out)
+        run_evaluation(model, dataset.load(), out, split, prompt, batch_size, generation, dtype, seed, strict)
+
+    file, overrides = (None, list(arguments))
+    if arguments and not arguments[0].startswith("-"):
+        file, overrides = Path(arguments[0]), list(arguments[1:])
+    parse("mivpg evaluate CONFIG.yaml", start, file, overrides, only=("dataset",))
+
+
+def run_evaluation(
+    model: str,
+    samples: "list[Sample]",
+    out: Path,
+    split: str,
+    prompt: str | None,
+    batch_size: int,
+    generation: Any,
+    dtype: Dtype,
+    seed: int,
+    strict: bool,
+) -> None:
+    """Captions, scores, writes and prints."""
+    from mivpg.bags import select
+    from mivpg.captioning import caption_file
+    from mivpg.evaluation import evaluate_captions, format_table
+
+    chosen = [sample for sample in select(samples, split) if sample.captions]
+    if not chosen:
+        raise MivpgError(f"dataset: no bag of split {split!r} has a caption to score against.")
+    captions = out.with_suffix(".captions.jsonl")
+    refuse_existing(captions)
+    loaded, processor = load(model, dtype)
+    counts = caption_file(
+        loaded,
+        processor,
+        chosen,
+        captions,
+        generation=generation,
+        prompt=processor.prompt if prompt is None else prompt,
+        batch_size=batch_size,
+        strict=strict,
+    )
+    records = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines()]
+    predictions = {record["id"]: record["caption"] for record in records if "caption" in record}
+    scored = [sample for sample in chosen if sample.id in predictions]
+    if not scored:
+        raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read.")
+    results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
+    results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
+    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(format_table(results))
+    if counts.num_failed:
+        print(f"{counts.num_failed} more bags could not be read; {captions} says why.")
+
+
+# ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only: tuple[str, ...] = ()) -> None:
+    """Calls `start` with the values of a YAML file and, before them, those of the command line.
+
+    Args:
+        usage: For the help.
+        start: A function whose parameters are the fields.
+        file: The YAML file, None where all stands on the command line.
+        overrides: The rest of the command line.
+        only: The fields to take from the file, which may have others; by default it may hold nothing unknown.
+
+    Raises:
+        MivpgError: The file cannot be read.
+        CycloptsError: A field is unknown, missing or of another type.
+    """
+    import yaml
+
+    sources = []
+    if file is not None:
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+            raise MivpgError(f"{file}: no YAML file that can be read: {reason}.") from None
+        if not isinstance(values, dict):
+            raise MivpgError(f"{file}: found {type(values).__name__}, expected fields and their values.")
+        sources.append(FileFields(file, values, only))
+    inner = App(name=usage, config=sources, default_command=start, version_flags=[])
+    try:
+        inner(overrides, exit_on_error=False, print_error=False, result_action="return_value")
+    except UnknownOptionError as error:
+        # In a file [dataset][abo][root], on the command line --dataset.abo.root; cyclopts writes - for _.
+        known = [
+            argument.name.removeprefix("--").replace("-", "_") for argument in inner.assemble_argument_collection()
+        ]
+        wanted = (error.token.keyword or "").strip("[]-").replace("][", ".").replace("-", "_")
+        nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0)[0]
+        where = error.token.source if file is not None and str(file) in error.token.source else "command line"
+        raise MivpgError(f"{where}: unknown field {wanted}; the nearest known is {nearest}.") from None
+
+
+class FileFields(Yaml):
+    """A YAML file that has been read, as a source of values for cyclopts, which names it in its errors."""
+
+    def __init__(self, file: Path, values: dict[str, Any], only: tuple[str, ...]):
+        super().__init__(file, must_exist=True)
+        self.values = {name: values[name] for name in values if not only or name in only}
+
+    def _load_config(self, path: Path) -> dict[str, Any]:
+        return self.values
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises before the work is done, not after."""
+    if out.exists():
+        raise MivpgError(f"{out} exists already; delete it or choose another name.")
+
+
+def load(model: str, dtype: Dtype) -> "tuple[MivpgForConditionalGeneration, MivpgProcessor]":
+    """A model on the machine's device, and its processor."""
+    import torch
+
+    from mivpg import MivpgForConditionalGeneration, MivpgProcessor
+
+    quiet_transformers()
+    loaded = MivpgForConditionalGeneration.from_pretrained(model, dtype=dtype)
+    processor = MivpgProcessor.from_pretrained(model)
+    processor.check_model(loaded.config)
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def quiet_transformers() -> None:
+    """Its warnings are for its developers, its bars for its downloads; ours say what a user needs."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()
