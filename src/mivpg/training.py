@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import yaml
@@ -69,6 +69,31 @@ RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", T
 """What a checkpoint holds beside the model: going on needs it and captioning does not."""
 
 
+class QFormerSizes(TypedDict, total=False):
+    """Fields of `MivpgQFormerConfig` for a new Q-Former; those left out are as in BLIP-2."""
+
+    hidden_size: int
+    """Width of the queries."""
+    num_hidden_layers: int
+    """Blocks."""
+    num_attention_heads: int
+    """Heads of each attention."""
+    intermediate_size: int
+    """Width inside a feed-forward."""
+    cross_attention_frequency: int
+    """Every so many blocks, beginning with the first, one looks at the instances."""
+    hidden_dropout_prob: float
+    """Dropout after each linear layer."""
+    attention_probs_dropout_prob: float
+    """Dropout of attention weights."""
+    initializer_range: float
+    """Standard deviation of new weights."""
+    num_inducing_points: int
+    """Of `instance_correlation: induced`."""
+    num_landmarks: int
+    """Of `instance_correlation: nystrom`."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
     """Where a model comes from and what MIVPG it gets. What is None is as the base, or else the model class, has it."""
@@ -81,8 +106,8 @@ class ModelConfig:
     """Folder or Hub id of a vision model for `language`; without one the data set has to hold features."""
     image_embeds_size: int | None = None
     """Width of the features, where there is no vision model."""
-    qformer: dict[str, Any] | None = None
-    """Sizes of a new Q-Former: fields of `MivpgQFormerConfig`; by default BLIP-2's."""
+    qformer: QFormerSizes | None = None
+    """Sizes of a new Q-Former; by default BLIP-2's."""
     num_query_tokens: int | None = None
     """Visual prompts a bag, of a new Q-Former."""
     patch_pooling: PatchPooling | None = None

@@ -1,0 +1,73 @@
+"""The README's code runs, with a small random BLIP-2 in place of the real one and the photos that it names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from families import save_blip2
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+HUB_ID = "Salesforce/blip2-opt-2.7b"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def shop(tmp_path, monkeypatch) -> Path:
+    """A folder with the photos, `products.csv` and `run.yaml` of the README."""
+    save_blip2(tmp_path / "blip2")
+    (tmp_path / "photos").mkdir()
+    for name, colour in {"front": "red", "side": "green", "back": "blue"}.items():
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "photos" / f"{name}.jpg")
+    header, *rows = blocks("csv")[0].splitlines()
+    more = [row.replace(row.split(",")[0], f"{row.split(',')[0]}-{i}") for i in range(10) for row in rows]
+    (tmp_path / "products.csv").write_text("\n".join([header, *more]))
+    run = yaml.safe_load(blocks("yaml")[0].replace(HUB_ID, str(tmp_path / "blip2")))
+    run |= {"num_train_epochs": 1, "num_workers": 0, "validation": {"num_beams": 1, "max_new_tokens": 3}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python(shop, capsys):
+    (code,) = blocks("python")
+    exec(code.replace(HUB_ID, str(shop / "blip2")), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_commands(shop):
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("mivpg ")]
+    assert [command.split()[1] for command in commands] == [
+        "--version",
+        "train",
+        "evaluate",
+        "caption",
+        "caption",
+        "train",
+    ]
+    for command in commands:
+        arguments = command.split("#")[0].split()[1:]
+        if arguments[0] in ("caption", "evaluate"):
+            arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
+        subprocess.run([sys.executable, "-m", "mivpg.cli", *arguments], check=True)
+    assert (shop / "metrics.json").is_file() and (shop / "captions.jsonl").is_file()
+
+
+def test_every_field_of_its_yaml_is_known():
+    from dataclasses import fields
+
+    from mivpg.datasets import DatasetConfig
+    from mivpg.training import ModelConfig, TrainConfig
+
+    for block in blocks("yaml"):
+        values = yaml.safe_load(block)
+        assert values.keys() <= {field.name for field in fields(TrainConfig)}
+        assert values["model"].keys() <= {field.name for field in fields(ModelConfig)}
+        assert values.get("dataset", {}).keys() <= {field.name for field in fields(DatasetConfig)}
