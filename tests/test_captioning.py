@@ -42,12 +42,17 @@ class FakeModel(torch.nn.Module):
     """Its caption: what the processor read, the length of the prompt, the size of the batch, and `max_new_tokens`."""
 
     device = torch.device("cpu")
+    dtype = torch.float32
 
     def __init__(self, is_encoder_decoder=False, seconds=0.0):
         super().__init__()
-        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, image_embeds_size=3)
+        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, image_embeds_size=3, base=None)
+        self.weight = torch.nn.Parameter(torch.ones(()))
         self.seconds = seconds
         self.num_captioned = 0
+
+    def trained_state_dict(self):
+        return {"weight": self.weight.detach()}
 
     def generate(self, pixel_values, input_ids, num_beams, max_new_tokens, min_new_tokens=None):
         assert not self.training
@@ -78,6 +83,26 @@ def write_samples(folder: Path, num_samples: int) -> list[Sample]:
 def write_captions(samples, out, model=None, **options):
     options = {"generation": GREEDY, "prompt": "a photo of", "batch_size": 4} | options
     return caption_file(model or FakeModel(), FakeProcessor(), samples, out, **options)
+
+
+class Killed(Exception):
+    pass
+
+
+def interrupted(samples, out, num_lines: int, torn: bytes = b"", **options) -> None:
+    """Leaves what a run that was killed leaves: so many of the lines that it would have written, and a piece of one."""
+    unbroken = out.with_name("unbroken-" + out.name)
+    write_captions(samples, unbroken, **options)
+    lines = unbroken.read_bytes().splitlines(keepends=True)
+    unbroken.unlink()
+
+    class KilledModel(FakeModel):
+        def generate(self, **inputs):
+            raise Killed
+
+    with pytest.raises(Killed):
+        write_captions(samples, out, KilledModel(), **options)
+    out.with_name(out.name + ".partial").write_bytes(b"".join(lines[:num_lines]) + torn)
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -118,9 +143,7 @@ def test_captions_are_utf8_and_one_line_each(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeProcessor, "decode_captions", lambda self, ids: ["très\nchic 😀"] * len(ids))
     samples = [Sample(id="half \ud800", images=sample.images) for sample in write_samples(tmp_path, 1)]
     out = tmp_path / "out.jsonl"
-    out.with_name("out.jsonl.partial").write_bytes(
-        b'{"id": "half \xed\xa0\x80", "caption": "x"}\n'
-    )  # read back as it is written
+    interrupted(samples, out, num_lines=1, batch_size=1)  # read back as it is written
     assert write_captions(samples, out, batch_size=1) == counts(1, num_resumed=1)
     out.unlink()
     write_captions(samples, out)
@@ -164,12 +187,12 @@ def test_killed_run_ends_as_an_unbroken_one(tmp_path):
 def test_partial_file_is_cut_to_whole_batches(tmp_path, num_lines, torn):
     samples = write_samples(tmp_path, 10)
     write_captions(samples, tmp_path / "unbroken.jsonl")
-    lines = (tmp_path / "unbroken.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:num_lines]) + torn)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines, torn)
     model = FakeModel()
     assert write_captions(samples, tmp_path / "out.jsonl", model).num_resumed == num_lines // 4 * 4
     assert model.num_captioned == 10 - num_lines // 4 * 4
-    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(
@@ -182,14 +205,69 @@ def test_partial_file_is_cut_to_whole_batches(tmp_path, num_lines, torn):
     ],
 )
 def test_partial_file_of_another_run(tmp_path, lines, message):
+    samples = write_samples(tmp_path, 2)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=0)
     partial = tmp_path / "out.jsonl.partial"
     partial.write_text("".join(line + "\n" for line in lines))
     before = partial.read_bytes()
     with pytest.raises(MivpgError, match=message) as error:
-        write_captions(write_samples(tmp_path, 2), tmp_path / "out.jsonl")
+        write_captions(samples, tmp_path / "out.jsonl")
     assert str(error.value).startswith(str(partial))
     assert "delete it" in str(error.value)
     assert partial.read_bytes() == before
+
+
+def heavier() -> FakeModel:
+    model = FakeModel()
+    model.weight.data += 1e-6
+    return model
+
+
+def with_another_base() -> FakeModel:
+    model = FakeModel()
+    model.config.base = {"model": {"path": "elsewhere", "revision": None}}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (FakeModel(), {"prompt": "a drawing of"}, "prompt = 'a photo of', and 'a drawing of' is asked for"),
+        (FakeModel(), {"generation": GenerationOptions(num_beams=1)}, "max_new_tokens = 7, and 64 is asked for"),
+        (heavier(), {}, "trained_weights = '"),
+        (with_another_base(), {}, "base = None, and "),
+    ],
+)
+def test_partial_file_by_another_author(tmp_path, model, options, message):
+    samples = write_samples(tmp_path, 10)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
+    partial = tmp_path / "out.jsonl.partial"
+    before = partial.read_bytes()
+    with pytest.raises(MivpgError, match=message) as error:
+        write_captions(samples, tmp_path / "out.jsonl", model, **options)
+    assert str(error.value).startswith(f"{partial} was begun with ")
+    assert "delete it" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert partial.read_bytes() == before
+
+    partial.unlink()  # as it says
+    assert write_captions(samples, tmp_path / "out.jsonl", model, **options) == counts(10)
+
+
+def test_partial_file_by_nobody_knows_whom(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
+    for content in (b"", b'{"prompt": "a pho', None):
+        author = tmp_path / "out.jsonl.partial.json"
+        author.unlink() if content is None else author.write_bytes(content)
+        with pytest.raises(MivpgError, match="was begun with prompt = None"):
+            write_captions(samples, tmp_path / "out.jsonl")
+
+
+def test_a_smaller_batch_goes_on(tmp_path):
+    samples = write_samples(tmp_path, 10)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
+    assert write_captions(samples, tmp_path / "out.jsonl", batch_size=3) == counts(10, num_resumed=6)
 
 
 def test_what_exists_is_not_overwritten(tmp_path):
@@ -222,10 +300,9 @@ def test_failed_bags_of_the_interrupted_run_are_counted(tmp_path):
     samples = write_samples(tmp_path, 10)
     spoil(samples, 1, 9)
     write_captions(samples, tmp_path / "unbroken.jsonl")
-    lines = (tmp_path / "unbroken.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:8]))
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
     assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_failed=2, num_resumed=8)
-    assert (tmp_path / "out.jsonl").read_bytes() == b"".join(lines)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
 
 
 def test_strict_stops_at_the_first_bad_bag_and_goes_on_when_it_is_good(tmp_path):
@@ -246,6 +323,7 @@ def test_strict_tries_again_what_failed_before(tmp_path):
     samples = write_samples(tmp_path, 10)
     lines = [{"id": sample.id, "caption": ""} for sample in samples[:9]]
     lines[6] = {"id": "bag 6", "error": "was bad"}
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=0)
     (tmp_path / "out.jsonl.partial").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert write_captions(samples, tmp_path / "out.jsonl", strict=True) == counts(10, num_resumed=4)
 

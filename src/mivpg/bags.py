@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mivpg.errors import BagError, MivpgError
-from mivpg.images import open_image
+from mivpg.images import check_image, open_image
 
 Split = Literal["train", "val", "test", "all"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -231,7 +231,8 @@ def check_bags(samples: Iterable[Sample]) -> None:
     """Finds before training what would stop it in the middle: files are looked at (names, headers), not decoded.
 
     Raises:
-        BagError: The first bag that lacks images, a file or a caption, or whose features differ from the others'.
+        BagError: The first bag that lacks images, a file or a caption, names a file that is no picture, or whose
+            features differ from the others'.
     """
     first: Sample | None = None
     first_kind = ""
@@ -240,8 +241,7 @@ def check_bags(samples: Iterable[Sample]) -> None:
             _check_record(sample)
             _check_has_caption(sample)
             for path in sample.images:
-                if not path.is_file():
-                    raise BagError(f"{path} does not exist, expected a picture.")
+                check_image(path)
             kind = _kind_of_sample(sample)
         if first is None:
             first, first_kind = sample, kind

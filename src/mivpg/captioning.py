@@ -5,6 +5,7 @@ counts = caption_file(model, processor, samples, Path("captions.jsonl"), generat
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
@@ -186,12 +188,13 @@ def caption_file(
 ) -> CaptionCounts:
     """Captions a data set into JSON lines, `{"id", "caption"}` in the order of the samples.
 
-    Until all are done they stand in `<out>.partial`, batch by batch. A later run with the same samples goes on there,
-    and with the same batch size its batches are those of an unbroken run. A bag that cannot be read is logged, gets a
-    line `{"id", "error"}` and is passed over.
+    Until all are done they stand in `<out>.partial`, batch by batch, beside `<out>.partial.json`, which says what
+    writes them. A later run with the same samples, model, prompt and options goes on there. With the same batch size
+    its batches are those of an unbroken run; one that ran out of memory may go on with a smaller one. A bag that cannot
+    be read is logged, gets a line `{"id", "error"}` and is passed over.
 
     Args:
-        model: As in `caption_bags`. Going on with another model than before mixes their captions in one file.
+        model: As in `caption_bags`.
         processor: The model's.
         samples: What to caption.
         out: The file to write; it must not exist.
@@ -201,17 +204,22 @@ def caption_file(
         strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
 
     Raises:
-        MivpgError: `out` exists, or its partial file belongs to other samples.
+        MivpgError: `out` exists, or its partial file belongs to other samples or was written otherwise.
         BagError: A bag cannot be read and `strict` is set.
     """
     _check_batch_size(batch_size)
     if out.exists():
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
     partial = out.with_name(out.name + ".partial")
+    author_file = out.with_name(out.name + ".partial.json")
+    author = _author(model, prompt, generation)
+    if partial.exists():
+        _check_author(partial, author_file, author)
     num_resumed, num_failed = _resume(partial, samples, batch_size, strict)
     if num_resumed:
         logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
     out.parent.mkdir(parents=True, exist_ok=True)
+    author_file.write_text(json.dumps(author))  # before the first caption, so that there is none without it
 
     results = caption_samples(
         model, processor, samples, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
@@ -232,7 +240,33 @@ def caption_file(
                 file.flush()
                 os.fsync(file.fileno())
     partial.rename(out)
+    author_file.unlink()
     return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
+
+
+def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
+    """What decides, beside a bag, what its caption is."""
+    digest = hashlib.sha256()
+    for _, weight in sorted(model.trained_state_dict().items()):
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "prompt": prompt,
+        **generation.as_kwargs(),
+        "base": model.config.base,
+        "dtype": str(model.dtype),
+        "trained_weights": digest.hexdigest(),
+    }
+
+
+def _check_author(partial: Path, author_file: Path, author: dict[str, Any]) -> None:
+    """Raises where going on with a partial file would mix captions of two kinds in it."""
+    begun = _record(author_file.read_bytes()) if author_file.exists() else {}
+    for name, value in author.items():
+        if begun.get(name) != value:
+            raise MivpgError(
+                f"{partial} was begun with {name} = {begun.get(name)!r}, and {value!r} is asked for: "
+                "delete it to start anew, or choose another name for the captions."
+            )
 
 
 def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> tuple[int, int]:

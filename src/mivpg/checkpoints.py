@@ -8,16 +8,21 @@ each part, `model` or `vision_model` and `language_model`, is `{"path": folder o
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -78,10 +83,8 @@ class CheckpointMixin(PreTrainedModel):
         if config.base is not None:
             return cls._from_checkpoint(path, config, base or {}, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
-        try:
+        with loading("weights", path):
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-        except OSError as error:
-            raise MivpgError(f"{path}: no weights here: {first_line(error)}") from error
         missing = frozenset(info["missing_keys"])
         if frozen := sorted(name for name in missing if name.split(".")[0] in FROZEN_PARTS):
             raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
@@ -125,8 +128,7 @@ class CheckpointMixin(PreTrainedModel):
                 num_prefix_tokens = num_tokens - num_patches
         elif image_embeds_size is None:
             raise MivpgError("Without a vision model, image_embeds_size has to say how wide the image embeddings are.")
-        text_config = load_auto_config(language)
-        language_model = language_model_class(text_config).from_pretrained(language, **kwargs)
+        language_model = load_language_model(language, **kwargs)
         if isinstance(qformer_config, MivpgQFormerConfig):
             qformer_config = qformer_config.to_dict()
         config = MivpgConfig(
@@ -135,7 +137,7 @@ class CheckpointMixin(PreTrainedModel):
             text_config=language_model.config.to_dict(),
             image_embeds_size=image_embeds_size,
             num_prefix_tokens=1 if num_prefix_tokens is None else num_prefix_tokens,
-            **{"image_token_index": add_image_token(AutoTokenizer.from_pretrained(language))} | fields["model"],
+            **{"image_token_index": add_image_token(load_tokenizer(language))} | fields["model"],
         )
         model = cls._around(config, vision_model, language_model, kwargs)
         model.config.base = {"language_model": locate_base(language, None)}
@@ -184,9 +186,7 @@ class CheckpointMixin(PreTrainedModel):
                 entry = base["vision_model"]
                 vision_model = load_vision_model(entry["path"], revision=entry["revision"] or "main", **kwargs)
             entry = base["language_model"]
-            language_model = language_model_class(config.text_config).from_pretrained(
-                entry["path"], revision=entry["revision"] or "main", **kwargs
-            )
+            language_model = load_language_model(entry["path"], revision=entry["revision"] or "main", **kwargs)
             model = cls._around(config, vision_model, language_model, kwargs)
         model.config.base = base
         model.load_trained(path, **hub_arguments)
@@ -234,11 +234,9 @@ class CheckpointMixin(PreTrainedModel):
         Raises:
             MivpgError: There are none, one is missing, or one is there that the model has no place for.
         """
-        try:
+        with loading("trained weights", directory):
             file = cached_file(os.fspath(directory), "model.safetensors", **hub_arguments)
-        except OSError as error:
-            raise MivpgError(f"{directory}: no trained weights here: {first_line(error)}") from error
-        weights = load_file(file)
+            weights = load_file(file)
         if missing := sorted(self.saved_names() - weights.keys()):
             raise MivpgError(f"{file}: {len(missing)} trained weights are missing, first {missing[0]}.")
         if unknown := sorted(weights.keys() - {name for name, _ in self.named_parameters()}):
@@ -276,10 +274,33 @@ def load_auto_config(path: str | os.PathLike, **hub_arguments) -> PreTrainedConf
     Raises:
         MivpgError: There is none.
     """
-    try:
+    check_is_model(path, hub_arguments.get("subfolder", ""))
+    with loading("the model's configuration", path):
         return AutoConfig.from_pretrained(path, **hub_arguments)
-    except (OSError, ValueError) as error:
-        raise MivpgError(f"{path}: no model here: {first_line(error)}") from error
+
+
+def check_is_model(path: str | os.PathLike, subfolder: str = "") -> None:
+    """Refuses what is plainly no model before the Hub is asked for it, which takes half a minute without a network.
+
+    Raises:
+        MivpgError: A folder without `config.json`, a file, or no folder where the name can only be one's.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / subfolder / "config.json").is_file():
+            raise MivpgError(f"{folder} has no {Path(subfolder, 'config.json')}, expected the folder of a model.")
+    elif folder.exists():
+        raise MivpgError(f"{path} is a file, expected the folder of a model.")
+    elif not _is_hub_id(os.fspath(path)) or (folder.name != os.fspath(path) and folder.parent.is_dir()):
+        raise MivpgError(f"{path} does not exist, expected the folder of a model or a Hub id.")
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def load_config(path: str, kwargs: Mapping[str, Any]) -> tuple[MivpgConfig, dict[str, Any]]:
@@ -302,13 +323,45 @@ def language_model_class(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def load_language_model(language: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A causal or an encoder-decoder language model.
+
+    Raises:
+        MivpgError: There is none, or it is another kind of model.
+    """
+    config = load_auto_config(language, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise MivpgError(f"{language}: a model of type {config.model_type!r}; a language model was expected.")
+    with loading("weights", language):
+        return language_model_class(config).from_pretrained(language, **kwargs)
+
+
+def load_tokenizer(path: str | os.PathLike, **kwargs) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        MivpgError: There is none; of a folder without one transformers makes a tokenizer that knows no word.
+    """
+    with loading("the tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+    if Path(path).is_dir() and not any(Path(path, file).is_file() for file in files):
+        raise MivpgError(f"{path} has no tokenizer, expected {' or '.join(files)}.")
+    return tokenizer
+
+
 def load_vision_model(vision: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A vision model, or the vision tower of a model that has several."""
+    """A vision model, or the vision tower of a model that has several.
+
+    Raises:
+        MivpgError: There is none, or it is another kind of model.
+    """
     config = load_auto_config(vision, **{name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs})
-    tower = getattr(config, "vision_config", None)
-    if tower is None:
-        return AutoModel.from_pretrained(vision, **kwargs)
-    return MODEL_MAPPING[type(tower)].from_pretrained(vision, config=tower, **kwargs)
+    tower = getattr(config, "vision_config", config)
+    if type(tower) not in MODEL_MAPPING or MODEL_MAPPING[type(tower)].main_input_name != "pixel_values":
+        raise MivpgError(f"{vision}: a model of type {config.model_type!r}; a vision model was expected.")
+    with loading("weights", vision):
+        return MODEL_MAPPING[type(tower)].from_pretrained(vision, config=tower, **kwargs)
 
 
 def vision_output_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
@@ -330,6 +383,21 @@ AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transf
 
 
 # ── The base of a checkpoint ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def loading(what: str, path: str | os.PathLike) -> Iterator[None]:
+    """Says in one line where transformers found something missing or damaged.
+
+    Raises:
+        MivpgError: Instead of transformers' error.
+    """
+    try:
+        yield
+    except MivpgError:  # already one of ours, which are ValueErrors, too
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise MivpgError(f"{path}: {what} cannot be loaded: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError
+from cyclopts import App, CoercionError, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 from cyclopts.config import Yaml
 
 from mivpg import __version__
@@ -302,6 +302,7 @@ def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only:
     if file is not None:
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            values = json.loads(json.dumps(values, default=str))  # names that look like numbers become text
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise MivpgError(f"{file}: no YAML file that can be read: {reason}.") from None
@@ -312,14 +313,26 @@ def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only:
     try:
         inner(overrides, exit_on_error=False, print_error=False, result_action="return_value")
     except UnknownOptionError as error:
-        # In a file [dataset][abo][root], on the command line --dataset.abo.root; cyclopts writes - for _.
-        known = [
-            argument.name.removeprefix("--").replace("-", "_") for argument in inner.assemble_argument_collection()
-        ]
-        wanted = (error.token.keyword or "").strip("[]-").replace("][", ".").replace("-", "_")
+        known = [field(argument.name) for argument in inner.assemble_argument_collection()]
+        wanted = field(error.token.keyword or "")
         nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0)[0]
-        where = error.token.source if file is not None and str(file) in error.token.source else "command line"
+        where = file if file is not None and str(file) in error.token.source else "command line"
         raise MivpgError(f"{where}: unknown field {wanted}; the nearest known is {nearest}.") from None
+    except MissingArgumentError as error:
+        assert error.argument is not None
+        name = field(error.argument.name)
+        if file is None or error.keyword is not None or (only and name.split(".")[0] not in only):
+            raise
+        raise MivpgError(f"{file}: {name} is missing; add it, or {error.argument.name} on the command line.") from None
+    except CoercionError as error:
+        if file is None or error.token is not None or error.argument is None:
+            raise
+        raise MivpgError(f"{file}: {field(error.argument.name)}: {error}") from None  # a list too short or too long
+
+
+def field(name: str) -> str:
+    """A field's name, which cyclopts writes as [dataset][abo][root] or --dataset.abo.root, and - for _."""
+    return name.strip("[]-").replace("][", ".").replace("-", "_")
 
 
 class FileFields(Yaml):

@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AddedToken, AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from mivpg.errors import MivpgError
+
 PatchPooling = Literal["none", "cls", "abmil", "gated_abmil", "mean", "max"]
 InstanceCorrelation = Literal["none", "csa", "csa_constant", "self_attention", "induced", "nystrom"]
 PositionEncoding = Literal["none", "ppeg"]
@@ -44,6 +46,14 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
     num_inducing_points: int = 32
     num_landmarks: int = 256
     pinv_iterations: int = 6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise MivpgError(
+                f"qformer: hidden_size is {self.hidden_size}, expected a multiple of num_attention_heads, "
+                f"{self.num_attention_heads}."
+            )
 
     @classmethod
     def options(cls) -> tuple[str, ...]:
@@ -115,6 +125,8 @@ class MivpgConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.is_encoder_decoder = self.text_config.is_encoder_decoder
         self.trainable = list(self.trainable)
+        if self.num_query_tokens < 1:
+            raise MivpgError(f"num_query_tokens is {self.num_query_tokens}, expected at least 1.")
         if self.image_embeds_size is None:
             if self.vision_config is not None:
                 self.image_embeds_size = self.vision_config.hidden_size
@@ -125,7 +137,7 @@ class MivpgConfig(PreTrainedConfig):
         if self.qformer_config.encoder_hidden_size is None:
             self.qformer_config.encoder_hidden_size = self.image_embeds_size
         if self.patch_pooling == "cls" and self.num_prefix_tokens == 0:
-            raise ValueError(
+            raise MivpgError(
                 "patch_pooling='cls' takes an image's first token, but num_prefix_tokens is 0: "
                 "this vision model has no CLS token. Use abmil, mean or max."
             )

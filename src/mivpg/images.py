@@ -4,6 +4,8 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +39,29 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         BagError: The file is missing, unreadable, truncated, not a picture, or larger than `MAX_PIXELS`.
     """
+    with _opened(path) as image:
+        return _as_rgb(path, ImageOps.exif_transpose(image))
+
+
+def check_image(path: Path) -> None:
+    """Looks at a picture's header, which is quick; what is wrong with its pixels shows only when they are decoded.
+
+    Raises:
+        BagError: The file is missing, unreadable, not a picture, or larger than `MAX_PIXELS`.
+    """
+    with _opened(path):
+        pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header is as it has to be; what goes wrong with it becomes one line."""
     try:
         if path.stat().st_size == 0 or path.is_dir():
             raise BagError(f"{path} is {'a folder' if path.is_dir() else 'empty'}, expected a picture.")
         with Image.open(path) as image:
             _check(path, image)
-            return _as_rgb(path, ImageOps.exif_transpose(image))
+            yield image
     except BagError:  # already one of ours, which are ValueErrors, too
         raise
     except FileNotFoundError:

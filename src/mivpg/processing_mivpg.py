@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 
+from mivpg.checkpoints import load_tokenizer, loading
 from mivpg.configuration_mivpg import IMAGE_TOKEN, MivpgConfig, add_image_token
 from mivpg.errors import BagError, MivpgError
 from mivpg.images import open_image
@@ -72,10 +73,8 @@ class MivpgProcessor(ProcessorMixin):
             MivpgError: The folder has no tokenizer or no image processor.
         """
         path = os.fspath(pretrained_model_name_or_path)
-        try:
+        with loading("the processor", path):
             return super().from_pretrained(path, **kwargs)
-        except (OSError, ValueError) as error:
-            raise MivpgError(f"{path}: no processor here: {str(error).splitlines()[0]}") from error
 
     @classmethod
     def from_vision_language_pretrained(
@@ -88,10 +87,15 @@ class MivpgProcessor(ProcessorMixin):
             language: Folder or Hub id whose tokenizer is taken.
             config: The model's.
             **options: `max_caption_tokens`, `chat`.
+
+        Raises:
+            MivpgError: A folder has no tokenizer or no image processor.
         """
-        image_processor = None if vision is None else AutoImageProcessor.from_pretrained(vision, backend="pil")
-        tokenizer = AutoTokenizer.from_pretrained(language)
-        return cls(image_processor, tokenizer, **model_options(config), **options)
+        image_processor = None
+        if vision is not None:
+            with loading("the image processor", vision):
+                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
+        return cls(image_processor, load_tokenizer(language), **model_options(config), **options)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -99,7 +103,7 @@ class MivpgProcessor(ProcessorMixin):
         image_processor = None
         if has_images:  # the PIL backend by name: with torchvision's, pixels would depend on what is installed
             image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
-        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+        return [image_processor, load_tokenizer(pretrained_model_name_or_path, **kwargs)]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -212,6 +214,14 @@ class TrainConfig:
     num_workers: int = 2
     """Processes that open bags ahead of training; 0 = none."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MivpgError(f"{name} is {value}, expected at least 1.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise MivpgError(f"learning_rate is {self.learning_rate}, expected a number of at least 0.")
+
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Trains to the end and says on the terminal what it does.
@@ -355,6 +365,10 @@ def _describe_data(train_samples: list[Sample], val_samples: list[Sample], num_p
 
 
 def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArguments:
+    installed = get_available_reporting_integrations()
+    for tracker in config.report_to:
+        if tracker not in installed:
+            raise MivpgError(f"report_to: {tracker!r} is not installed; found {', '.join(installed) or 'no tracker'}.")
     args = TrainingArguments(
         output_dir=str(config.output_dir),
         num_train_epochs=config.num_train_epochs,
@@ -385,6 +399,7 @@ def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArgum
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
         use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
     )
     args.device  # noqa: B018 (joins the other processes, and counts the GPUs)
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, never through DataParallel
