@@ -79,8 +79,12 @@ def prompts_of(model: MivpgForConditionalGeneration, *inputs: Tensor | None) -> 
         return model.get_visual_prompts(*inputs).embeds.numpy()
 
 
-def compare(setting: Setting, image_embeds: Tensor, image_mask: Tensor, image_coords: Tensor | None = None) -> None:
-    """Model and reference agree, the reference has read every weight, and each thing that is on moves the prompts."""
+def compare(setting: Setting, image_embeds: Tensor, image_mask: Tensor, image_coords: Tensor | None = None) -> float:
+    """Model and reference agree, the reference has read every weight, and each thing that is on moves the prompts.
+
+    Returns:
+        How far they are apart.
+    """
     model = model_of(setting)
     weights = weights_of(model)
     arrays = [None if x is None else x.numpy() for x in (image_embeds, image_mask, image_coords)]
@@ -92,6 +96,7 @@ def compare(setting: Setting, image_embeds: Tensor, image_mask: Tensor, image_co
     assert weights.read == set(weights.arrays)
     for control in controls(setting, image_embeds.shape[2]):
         assert np.abs(prompts - reference_prompts(weights, control, *arrays)).max() > EFFECT, control
+    return float(np.abs(prompts - expected).max())
 
 
 def controls(setting: Setting, num_patches: int) -> list[Setting]:
@@ -245,10 +250,11 @@ def test_instances(pooling: str) -> None:
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
 @pytest.mark.parametrize("correlation", INSTANCE_CORRELATIONS)
 @pytest.mark.parametrize("pooling", PATCH_POOLINGS)
-def test_whole_path(pooling: str, correlation: str, encoding: str) -> None:
+def test_whole_path(pooling: str, correlation: str, encoding: str, record_property) -> None:
     """Every combination, on a ragged batch: three blocks with cross-attention, so that CSA has queries to read."""
     image_embeds, image_mask = random_bags(LENGTHS)
-    compare(Setting(pooling, correlation, encoding), image_embeds.double(), image_mask)
+    apart = compare(Setting(pooling, correlation, encoding), image_embeds.double(), image_mask)
+    record_property("model against the loops of tests/reference.py, float64", apart)
 
 
 @pytest.mark.parametrize("correlation", INSTANCE_CORRELATIONS)

@@ -75,7 +75,9 @@ def shuffled_patches(image_embeds: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", SAME, ids=str)
 @pytest.mark.parametrize("correlation", UNORDERED)
 @every_pooling
-def test_order_of_instances_does_not_matter(pooling: str, correlation: str, dtype: torch.dtype) -> None:
+def test_order_of_instances_does_not_matter(
+    pooling: str, correlation: str, dtype: torch.dtype, record_property
+) -> None:
     """Propositions 1 and 2: a bag is a set. With PPEG it is not."""
     image_embeds, _ = random_bags((7, 7))
     image_embeds = image_embeds.to(dtype)
@@ -83,7 +85,9 @@ def test_order_of_instances_does_not_matter(pooling: str, correlation: str, dtyp
     assert not torch.equal(shuffled, image_embeds)
 
     model = model_of(pooling, correlation, "none", dtype)
-    assert distance(prompts_of(model, image_embeds), prompts_of(model, shuffled)) < SAME[dtype]
+    moved = distance(prompts_of(model, image_embeds), prompts_of(model, shuffled))
+    assert moved < SAME[dtype]
+    record_property(f"prompts moved by shuffling the instances, in standard deviations, {dtype}", moved)
 
     model = model_of(pooling, correlation, "ppeg", dtype)
     assert distance(prompts_of(model, image_embeds), prompts_of(model, shuffled)) > EFFECT
@@ -199,14 +203,18 @@ def test_coordinates_of_padding_are_inert(side: int, garbage: float) -> None:
 @every_encoding
 @every_correlation
 @every_pooling
-def test_a_ragged_batch_gives_each_bags_own_prompts(pooling: str, correlation: str, encoding: str) -> None:
+def test_a_ragged_batch_gives_each_bags_own_prompts(
+    pooling: str, correlation: str, encoding: str, record_property
+) -> None:
     """Whatever else is in the batch; the control counts padding as real, which has to show."""
     image_embeds, image_mask = random_bags(LENGTHS)
     model = model_of(pooling, correlation, encoding)
     prompts = prompts_of(model, image_embeds, image_mask)
     for bag, length in enumerate(LENGTHS):
         alone = prompts_of(model, image_embeds[bag : bag + 1, :length])
-        assert distance(prompts[bag : bag + 1], alone) < 1e-5
+        apart = distance(prompts[bag : bag + 1], alone)
+        assert apart < 1e-5
+        record_property("prompts in a ragged batch against alone, in standard deviations, float32", apart)
     assert distance(prompts, prompts_of(model, image_embeds)) > EFFECT
 
 

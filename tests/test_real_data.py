@@ -54,8 +54,8 @@ def losses(run: Path) -> list[float]:
 
 
 @needs_abo
-@pytest.mark.parametrize("photos", ["original", "small"])
-def test_three_products_are_learned_by_heart(tmp_path, photos):
+@pytest.mark.parametrize("photos", [pytest.param("original", marks=pytest.mark.slow), "small"])
+def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
     save_vision_model(tmp_path / "clip", "clip_vision_model")
     language = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.05}
     save_language_model(tmp_path / "bytes", "opt", **language)
@@ -74,20 +74,22 @@ def test_three_products_are_learned_by_heart(tmp_path, photos):
             dataset=dataset,
             output_dir=tmp_path / "run",
             prompt="",
-            num_train_epochs=70,
+            num_train_epochs=60,
             learning_rate=3e-3,
             weight_decay=0.0,
-            batch_size=4,
+            batch_size=2,
             num_workers=0,
             validation=GenerationOptions(num_beams=1, max_new_tokens=100),
         )
     )
-    last = tmp_path / "run" / "checkpoint-140"
+    last = tmp_path / "run" / "checkpoint-240"
     model, processor = MivpgForConditionalGeneration.from_pretrained(last), MivpgProcessor.from_pretrained(last)
     samples = dataset.load()
     assert len(samples) == 3 and {len(sample.images) for sample in samples} == {3, 4, 5}
     # Where two references of a product part, only one goes on as the model says: 486 of 490 tokens can be right.
-    assert token_accuracy(model, processor, samples) >= 0.99
+    accuracy = token_accuracy(model, processor, samples)
+    assert accuracy >= 0.99
+    record_property(f"token accuracy on the three products of ABO, images/{photos}", accuracy)
     written = captions(model, processor, samples)
     for sample in samples:
         assert written[sample.id].lower().strip() in [caption.lower().strip() for caption in sample.captions]
