@@ -348,12 +348,12 @@ class TestFreezing:
 
         forwards = count_forwards(model)
         expected, calls_before = gradients(), dict(forwards)
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
         result = gradients()
         for name, calls in forwards.items():  # every block ran twice, the frozen language model's too
             assert calls == 3 * calls_before[name], name
         assert result.keys() == expected.keys() and all(torch.equal(result[name], expected[name]) for name in result)
-        model.activation_checkpointing_disable()
+        model.gradient_checkpointing_disable()
         assert not any("forward" in vars(module) for module in model.language_model.modules())
 
 

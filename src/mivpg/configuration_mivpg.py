@@ -105,7 +105,7 @@ class MivpgConfig(PreTrainedConfig):
     sub_configs_defaults = {  # noqa: RUF012
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model", optional=True),
-        "qformer_config": MivpgQFormerConfig,
+        "qformer_config": SubConfigSpec(config_class=MivpgQFormerConfig),
     }
 
     vision_config: Any = None  # PreTrainedConfig after initialisation, as the two below

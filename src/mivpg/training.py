@@ -383,7 +383,6 @@ def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArgum
         adam_beta2=config.betas[1],
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
-        activation_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         eval_strategy="epoch" if validate else "no",
         metric_for_best_model=config.best_metric,
@@ -400,6 +399,8 @@ def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArgum
         ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
+        # Under this name transformers knows it from 5.20 on; 5.23 calls it deprecated, so only where it is wanted.
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     args.device  # noqa: B018 (joins the other processes, and counts the GPUs)
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, never through DataParallel
