@@ -47,12 +47,12 @@ class FakeModel(torch.nn.Module):
     def __init__(self, is_encoder_decoder=False, seconds=0.0):
         super().__init__()
         self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, image_embeds_size=3, base=None)
-        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.weights = "those of the first model"
         self.seconds = seconds
         self.num_captioned = 0
 
-    def trained_state_dict(self):
-        return {"weight": self.weight.detach()}
+    def fingerprint(self):
+        return self.weights
 
     def generate(self, pixel_values, input_ids, num_beams, max_new_tokens, min_new_tokens=None):
         assert not self.training
@@ -217,9 +217,9 @@ def test_partial_file_of_another_run(tmp_path, lines, message):
     assert partial.read_bytes() == before
 
 
-def heavier() -> FakeModel:
+def with_other_weights() -> FakeModel:
     model = FakeModel()
-    model.weight.data += 1e-6
+    model.weights = "others"
     return model
 
 
@@ -234,7 +234,7 @@ def with_another_base() -> FakeModel:
     [
         (FakeModel(), {"prompt": "a drawing of"}, "prompt = 'a photo of', and 'a drawing of' is asked for"),
         (FakeModel(), {"generation": GenerationOptions(num_beams=1)}, "max_new_tokens = 7, and 64 is asked for"),
-        (heavier(), {}, "trained_weights = '"),
+        (with_other_weights(), {}, "trained_weights = 'those of the first model', and 'others' is asked for"),
         (with_another_base(), {}, "base = None, and "),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mivpg import training
@@ -439,7 +440,8 @@ def test_bags_that_the_model_cannot_read(world, tmp_path):
     with pytest.raises(MivpgError, match=r"0.npy: features are 12 wide, the model expects 99"):
         train(config)
     file = world / "images.jsonl"
-    file.write_text(json.dumps({"id": "a", "images": ["bags.jsonl"], "captions": ["a chair"], "split": "train"}) + "\n")
+    Image.new("RGB", (8, 8)).save(world / "a.png")
+    file.write_text(json.dumps({"id": "a", "images": ["a.png"], "captions": ["a chair"], "split": "train"}) + "\n")
     config.dataset.bag_file.path = file
     with pytest.raises(MivpgError, match=r"bag 'a' has images, but the model has no vision model"):
         train(config)

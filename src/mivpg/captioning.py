@@ -5,7 +5,6 @@ counts = caption_file(model, processor, samples, Path("captions.jsonl"), generat
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
@@ -246,15 +244,12 @@ def caption_file(
 
 def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
     """What decides, beside a bag, what its caption is."""
-    digest = hashlib.sha256()
-    for _, weight in sorted(model.trained_state_dict().items()):
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
         "prompt": prompt,
         **generation.as_kwargs(),
         "base": model.config.base,
         "dtype": str(model.dtype),
-        "trained_weights": digest.hexdigest(),
+        "trained_weights": model.fingerprint(),
     }
 
 

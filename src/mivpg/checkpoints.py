@@ -61,6 +61,8 @@ class CheckpointMixin(PreTrainedModel):
     config: MivpgConfig
     _names_outside_base: frozenset[str] = frozenset()
     """Parameters that the base lacks: they were made new, so a checkpoint holds them even where they do not train."""
+    _names_drawn: frozenset[str] = frozenset()
+    """Parameters among them that no file held: they were drawn at random, and start without effect."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
@@ -89,7 +91,7 @@ class CheckpointMixin(PreTrainedModel):
         if frozen := sorted(name for name in missing if name.split(".")[0] in FROZEN_PARTS):
             raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
         model.freeze()
-        model._names_outside_base = missing
+        model._names_outside_base = model._names_drawn = missing
         model.config.base = {"model": locate_base(path, kwargs.get("revision"))}
         return (model, info) if wants_info else model
 
@@ -164,6 +166,7 @@ class CheckpointMixin(PreTrainedModel):
         model.query_tokens.data = model.query_tokens.data.to(device)
         names = (name for name, _ in model.named_parameters())
         model._names_outside_base = frozenset(name for name in names if name.split(".")[0] not in FROZEN_PARTS)
+        model._names_drawn = model._names_outside_base
         return model
 
     @classmethod
@@ -245,6 +248,15 @@ class CheckpointMixin(PreTrainedModel):
         self._names_outside_base |= (
             weights.keys()
         )  # once trained they differ from the base, also where they no longer train
+        self._names_drawn -= weights.keys()
+
+    def fingerprint(self) -> str:
+        """A digest of the weights that a checkpoint holds, as far as they came from files; the base tells the rest."""
+        sha256 = hashlib.sha256()
+        for name, weight in sorted(self.trained_state_dict().items()):
+            if name not in self._names_drawn:
+                sha256.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return sha256.hexdigest()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Writes the whole model, base and all, for sharing; `save_trained` writes only what trained."""

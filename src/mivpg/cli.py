@@ -52,6 +52,7 @@ app = App(
     version=versions,
     version_format="plaintext",
     help="Captions from bags of images: a product's photos, a slide's patches, stored features.",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -309,7 +310,7 @@ def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only:
         if not isinstance(values, dict):
             raise MivpgError(f"{file}: found {type(values).__name__}, expected fields and their values.")
         sources.append(FileFields(file, values, only))
-    inner = App(name=usage, config=sources, default_command=start, version_flags=[])
+    inner = App(name=usage, config=sources, default_command=start, version_flags=[], suppress_keyboard_interrupt=False)
     try:
         inner(overrides, exit_on_error=False, print_error=False, result_action="return_value")
     except UnknownOptionError as error:
