@@ -1,11 +1,13 @@
 """The model against BLIP-2, over every family of vision and language models, and through saving and loading."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,6 +27,7 @@ from families import (
     LANGUAGE,
     NUM_PREFIX_TOKENS,
     VISION,
+    byte_tokenizer,
     save_blip2,
     save_language_model,
     save_vision_model,
@@ -269,9 +272,7 @@ class TestFamilies:
         labels = processor(images=[pictures(1)], captions=["a chair"])["labels"]
         assert labels[0, -1] == newline
         inputs = processor(images=[pictures(1)], text="a")
-        logits = model(**inputs).logits[0, -1]
-        model.get_output_embeddings().weight.data[newline] += 100 * logits.sign().mean()
-        model.config.caption_end_token_id = int(logits.argmax())
+        model.config.caption_end_token_id = int(model(**inputs).logits[0, -1].argmax())  # what it would write first
         assert model.generate(**inputs, max_new_tokens=9, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 1
 
     def test_batches_of_prompts_equal_single_ones(self, folders):
@@ -283,26 +284,100 @@ class TestFamilies:
             assert torch.equal(row[-6:], alone[0, -6:])
 
     @pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-    def test_quantization_leaves_what_trains_alone(self, folders, bits, tmp_path):
+    @pytest.mark.parametrize("base", ["pair", "blip2"])
+    def test_quantization_leaves_what_trains_alone(self, folders, bits, base, tmp_path):
         pytest.importorskip("bitsandbytes")
-        model, processor = self.joined(
-            folders,
-            "clip_vision_model",
-            "opt",
-            quantization_config=BitsAndBytesConfig(**bits),
-            device_map={"": "cpu"},
-        )
+        options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": "cpu"}}
+        if base == "pair":
+            model, processor = self.joined(folders, "clip_vision_model", "opt", **options)
+        else:
+            folder = save_blip2(tmp_path / "blip2")
+            model = drawn(MivpgForConditionalGeneration.from_pretrained(folder, **options))
+            processor = MivpgProcessor.from_pretrained(folder)
         quantized = {name.split(".")[0] for name, weight in model.named_parameters() if not weight.is_floating_point()}
         assert quantized == {"vision_model", "language_model"}
         batch = processor(images=[pictures(2)], text="a", captions=["a chair"])
         model(**batch).loss.backward()
         assert model.query_tokens.grad.abs().sum() > 0
-        model.save_trained(tmp_path)
-        weights = {name: weight.clone() for name, weight in model.trained_state_dict().items()}
-        again = MivpgForConditionalGeneration.from_pretrained(
-            tmp_path, quantization_config=BitsAndBytesConfig(**bits), device_map={"": "cpu"}
+        model.save_trained(tmp_path / "checkpoint")
+        again = MivpgForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", **options)
+        with torch.no_grad():
+            assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+    def test_weights_that_a_folder_lacks_are_an_error(self, folders, tmp_path):
+        for kind, part in (("llama", "layers.1."), ("clip_vision_model", "layers.1.")):
+            shutil.copytree(folders / kind, tmp_path / kind)
+            weights = load_file(tmp_path / kind / "model.safetensors")
+            kept = {name: weight for name, weight in weights.items() if part not in name}
+            save_file(kept, tmp_path / kind / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(MivpgError, match=r"weights of the LlamaForCausalLM are missing"):
+            MivpgForConditionalGeneration.from_vision_language_pretrained(
+                None, tmp_path / "llama", image_embeds_size=8, qformer_config=QFORMER
+            )
+        with pytest.raises(MivpgError, match=r"weights of the CLIPVisionModel are missing"):
+            MivpgForConditionalGeneration.from_vision_language_pretrained(
+                tmp_path / "clip_vision_model", folders / "llama", qformer_config=QFORMER
+            )
+
+    def test_the_tower_of_a_blip2(self, folders, blip2_folder):
+        model = MivpgForConditionalGeneration.from_vision_language_pretrained(
+            blip2_folder, folders / "gpt2", qformer_config=QFORMER
         )
-        assert all(torch.equal(weight, weights[name]) for name, weight in again.trained_state_dict().items())
+        own = Blip2ForConditionalGeneration.from_pretrained(blip2_folder).vision_model.state_dict()
+        assert all(torch.equal(weight, own[name]) for name, weight in model.vision_model.state_dict().items())
+
+    def test_embeddings_narrower_than_the_model(self, tmp_path):
+        """As OPT-350m's."""
+        folder = save_language_model(tmp_path / "opt", "opt", word_embed_proj_dim=16)
+        model = MivpgForConditionalGeneration.from_vision_language_pretrained(
+            None, folder, image_embeds_size=8, num_query_tokens=5, qformer_config=QFORMER
+        )
+        assert model.language_projection.weight.shape == (16, 32)
+        processor = MivpgProcessor.from_vision_language_pretrained(None, folder, model.config)
+        output = model(**processor(image_embeds=[torch.randn(2, 1, 8)], text="a", captions=["b"]))
+        assert output.visual_prompts.shape == (1, 5, 16)
+
+    def test_statistics_of_a_trained_part_are_in_the_checkpoint(self, folders, tmp_path):
+        model, processor = self.joined(folders, "resnet", "opt", trainable=["vision_model", "qformer", "query_tokens"])
+        batch = processor(images=[pictures(2)], text="a", captions=["b"])
+        model.train()(**batch)  # a BatchNorm learns by looking
+        model.eval().save_trained(tmp_path)
+        again = MivpgForConditionalGeneration.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+    def test_settings_of_generation_survive(self, folders, tmp_path):
+        model, _ = self.joined(folders, "clip_vision_model", "opt")
+        model.language_model.generation_config.num_beams = 3
+        model.language_model.generation_config.eos_token_id = [2, 7]
+        model.save_pretrained(tmp_path)
+        again = MivpgForConditionalGeneration.from_pretrained(tmp_path)
+        assert again.language_model.generation_config.num_beams == 3
+        assert again.language_model.generation_config.eos_token_id == [2, 7]
+
+    def test_a_conversation_is_a_prompt(self, folders):
+        _, processor = self.joined(folders, "clip_vision_model", "llama")
+        template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}[assistant] "
+        processor.tokenizer.chat_template = template
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+        processor.chat = True
+        expected = processor(images=[pictures(2)], text="<image>What is it?")["input_ids"]
+        assert torch.equal(processor(images=[pictures(2)], text=[turn])["input_ids"], expected)
+        assert torch.equal(processor(images=[pictures(2)], text=[[turn]])["input_ids"], expected)
+        rendered = processor.tokenizer.decode(expected[0]).replace("<image>", "")
+        assert rendered == "<s>[user] What is it?\n[assistant] "
+        assert (expected == processor.image_token_id).sum() == 5
+        batch = processor(images=[pictures(2)], text=[turn], captions=["a chair"])
+        assert torch.equal(batch["input_ids"][:, : expected.shape[1]], expected)
+        assert processor.decode_captions(batch["labels"][:, expected.shape[1] :]) == ["a chair"]
+
+    def test_a_tokenizer_that_ends_every_text(self, folders):
+        """Its end belongs after the caption, not between prompt and caption."""
+        _, plain = self.joined(folders, "clip_vision_model", "llama")
+        ending = MivpgProcessor(plain.image_processor, byte_tokenizer("bart"), num_query_tokens=5)
+        for captions in (None, ["a chair"]):
+            inputs = {"images": [pictures(1)], "text": "it is", "captions": captions}
+            assert torch.equal(ending(**inputs)["input_ids"], plain(**inputs)["input_ids"])
 
     def test_sixteen_bits_are_for_what_is_frozen(self, folders):
         model, processor = self.joined(folders, "clip_vision_model", "opt", dtype=torch.bfloat16)
@@ -429,8 +504,6 @@ class TestCheckpoints:
             MivpgForConditionalGeneration.from_pretrained(tmp_path / "checkpoint")
 
     def test_raises_on_a_missing_trained_weight(self, blip2_folder, tmp_path):
-        from safetensors.torch import load_file, save_file
-
         self.checkpoint(blip2_folder, tmp_path)
         file = tmp_path / "checkpoint" / "model.safetensors"
         weights = load_file(file)
@@ -479,6 +552,30 @@ class TestCheckpoints:
         assert torch.equal(
             MivpgForConditionalGeneration.from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits
         )
+
+    def test_another_list_of_what_trains(self, blip2_folder, tmp_path, batch):
+        """Wider than before or narrower, nothing that was learned is lost."""
+        first = MivpgForConditionalGeneration.from_pretrained(blip2_folder, trainable=["language_projection"])
+        first.language_projection.weight.data *= 2
+        first.save_trained(tmp_path / "1")
+        wider = MivpgForConditionalGeneration.from_pretrained(tmp_path / "1", trainable=["qformer", "query_tokens"])
+        assert torch.equal(wider(**batch).logits, first(**batch).logits)
+        wider.query_tokens.data *= 2
+        wider.save_trained(tmp_path / "2")
+        again = MivpgForConditionalGeneration.from_pretrained(tmp_path / "2", trainable=["language_projection"])
+        assert torch.equal(again(**batch).logits, wider(**batch).logits)
+        assert not torch.equal(again(**batch).logits, first(**batch).logits)
+
+    def test_other_options_than_it_was_trained_with(self, blip2_folder, tmp_path):
+        self.checkpoint(blip2_folder, tmp_path)
+        with pytest.raises(MivpgError, match="trained with other options"):
+            MivpgForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", instance_correlation="none")
+        with pytest.raises(MivpgError, match=r"trained with other options|are missing"):
+            MivpgForConditionalGeneration.from_pretrained(tmp_path / "checkpoint", instance_correlation="induced")
+
+    def test_an_option_that_does_not_exist(self, blip2_folder):
+        with pytest.raises(MivpgError, match=r"patch_pooling.*abmil"):
+            MivpgForConditionalGeneration.from_pretrained(blip2_folder, patch_pooling="average")
 
     @pytest.mark.parametrize("content", [None, "{}", '{"model_type": "bert"}', "not json"])
     def test_a_folder_that_is_no_model(self, tmp_path, content):

@@ -159,9 +159,12 @@ class MivpgConfig(PreTrainedConfig):
             vision_config=config.vision_config.to_dict(),
             qformer_config=qformer_config | qformer_options,
             text_config=config.text_config.to_dict(),
-            num_query_tokens=config.num_query_tokens,
-            image_token_index=config.image_token_index,
-            **{"dtype": config.dtype} | options,
+            **{
+                "num_query_tokens": config.num_query_tokens,
+                "image_token_index": config.image_token_index,
+                "dtype": config.dtype,
+            }
+            | options,
         )
 
 

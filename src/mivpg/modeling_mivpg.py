@@ -11,6 +11,7 @@ A attention heads, E language-model width, T text tokens.
 What the paper leaves open is decided in the docstring of the class concerned; `docs/design.md` says why.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -36,9 +37,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from mivpg.checkpoints import CheckpointMixin, language_model_class
+from mivpg.checkpoints import CheckpointMixin, is_named
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
+from mivpg.loading import language_model_class
 
 ABMIL_HIDDEN_SIZE = 128
 """L of Eq. 4."""
@@ -82,20 +84,24 @@ class AttentionPooling(nn.Module):
 
 
 @dataclass
-class InstanceGrid:
-    """Where each instance of a batch of bags stands, for the position encoding.
+class PatchGrid:
+    """Every image of a bag is a square grid of its own."""
 
-    Either every image is a square grid of its own (`num_images`, `num_prefix_tokens` and `side` are set), or the bag is
-    one grid whose cells are its images (`cells`).
-    """
+    num_images: int
+    """N."""
+    num_prefix_tokens: int
+    """Tokens of an image that stand nowhere (CLS)."""
+    side: int
 
-    num_images: int = 0
-    num_prefix_tokens: int = 0
-    side: int = 0
-    cells: list[Tensor] | None = None
-    """Row and column of each image of each bag, (n, 2); the bag's own length n tells how many instances are real."""
-    has_coordinates: bool = False
-    """Whether the cells are true ones. Otherwise they fill TransMIL's square, row by row."""
+
+@dataclass
+class BagGrid:
+    """A bag is one grid, whose cells are its images."""
+
+    lengths: list[int]
+    """Real images of each bag."""
+    cells: list[Tensor] | None
+    """Row and column (n, 2) of each image of each bag; None = not known, the images fill a square row by row."""
 
 
 class PyramidPositionEncoding(nn.Module):
@@ -120,24 +126,24 @@ class PyramidPositionEncoding(nn.Module):
         weight = sum(F.pad(conv.weight, [(7 - conv.kernel_size[0]) // 2] * 4) for conv in self.convolutions)
         return weight, sum(conv.bias for conv in self.convolutions)
 
-    def forward(self, instances: Tensor, grid: InstanceGrid) -> Tensor:
+    def forward(self, instances: Tensor, grid: PatchGrid | BagGrid) -> Tensor:
         """(B, M, D) -> (B, M, D); padding stays as it is."""
-        if grid.cells is None:
+        if isinstance(grid, PatchGrid):
             return self.encode_images(instances, grid)
         kernel = self.merged_kernel()
         encoded = []
-        for bag, cells in zip(instances, grid.cells, strict=True):
-            real, padding = bag[: len(cells)], bag[len(cells) :]
-            if not grid.has_coordinates:
+        for i, (bag, length) in enumerate(zip(instances, grid.lengths, strict=True)):
+            real, padding = bag[:length], bag[length:]
+            if grid.cells is None:
                 added = self.convolve_square(real, *kernel)
-            elif int(cells.max(dim=0).values.add(1).prod()) <= 4 * len(cells):
-                added = self.convolve_dense(real, cells, *kernel)
+            elif int(grid.cells[i].max(dim=0).values.add(1).prod()) <= 4 * length:
+                added = self.convolve_dense(real, grid.cells[i], *kernel)
             else:
-                added = self.convolve_occupied(real, cells, *kernel)
+                added = self.convolve_occupied(real, grid.cells[i], *kernel)
             encoded.append(torch.cat([real + added, padding]))
         return torch.stack(encoded)
 
-    def encode_images(self, instances: Tensor, grid: InstanceGrid) -> Tensor:
+    def encode_images(self, instances: Tensor, grid: PatchGrid) -> Tensor:
         """Each image's patches on the image's own grid; all images at once, padded ones too (nobody reads those)."""
         batch_size, _, size = instances.shape
         tokens = instances.reshape(batch_size * grid.num_images, -1, size)
@@ -409,7 +415,7 @@ class MivpgLayer(GradientCheckpointingLayer):
         learned_queries: Tensor,
         instance_mask: Tensor | None = None,
         cross_attention_mask: Tensor | None = None,
-        grid: InstanceGrid | None = None,
+        grid: PatchGrid | BagGrid | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Queries (B, R, H) and instances (B, M, D), both for the next block."""
@@ -498,7 +504,7 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
         query_embeds: Tensor,
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor | None = None,
-        grid: InstanceGrid | None = None,
+        grid: PatchGrid | BagGrid | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H)."""
@@ -595,7 +601,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         trains = any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            tokens = self.vision_model(real, **options).last_hidden_state
+            tokens = self.vision_model(real.to(self.vision_model.dtype), **options).last_hidden_state
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)
         if image_mask is None:
@@ -616,6 +622,10 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             raise MivpgError(
                 f"image_embeds are bags of images (B, N, P, D) with D = {self.config.image_embeds_size}; "
                 f"these are {tuple(image_embeds.shape)}."
+            )
+        if 0 in image_embeds.shape:
+            raise MivpgError(
+                f"A bag needs at least one image of one token; image_embeds are {tuple(image_embeds.shape)}."
             )
         if image_mask is not None:
             if image_mask.shape != image_embeds.shape[:2]:
@@ -652,8 +662,8 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
 
     def get_instance_grid(
         self, image_embeds: Tensor, image_mask: Tensor | None, image_coords: Tensor | None
-    ) -> InstanceGrid:
-        """Where the instances of `get_instances` stand, for the position encoding (see `InstanceGrid`).
+    ) -> PatchGrid | BagGrid:
+        """Where the instances of `get_instances` stand, for the position encoding.
 
         Args:
             image_embeds: (B, N, P, D).
@@ -670,16 +680,15 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                     f"PPEG needs a square grid of patches: {num_tokens} tokens an image less "
                     f"{num_prefix_tokens} before the patches (config.num_prefix_tokens) is no square."
                 )
-            return InstanceGrid(num_images=num_images, num_prefix_tokens=num_prefix_tokens, side=side)
+            return PatchGrid(num_images=num_images, num_prefix_tokens=num_prefix_tokens, side=side)
         expected = (batch_size, num_images, 2)
         if image_coords is not None and image_coords.shape != expected:
             raise MivpgError(f"image_coords are {tuple(image_coords.shape)}; for these bags (B, N, 2) is {expected}.")
         lengths = [num_images] * batch_size if image_mask is None else image_mask.sum(dim=1).tolist()
         if image_coords is None:
-            empty = torch.empty(num_images, 0, device=image_embeds.device)
-            return InstanceGrid(cells=[empty[:length] for length in lengths])
+            return BagGrid(lengths=lengths, cells=None)
         cells = [lattice_cells(bag[:length]) for bag, length in zip(image_coords, lengths, strict=True)]
-        return InstanceGrid(cells=cells, has_coordinates=True)
+        return BagGrid(lengths=lengths, cells=cells)
 
     def get_visual_prompts(
         self,
@@ -721,10 +730,10 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
 
     def trains(self, name: str) -> bool:
         """Whether a parameter of this name is in `config.trainable`, by itself or by a module that holds it."""
-        return any(name == part or name.startswith(f"{part}.") for part in self.config.trainable)
+        return is_named(name, self.config.trainable)
 
     def freeze(self):
-        """Lets train what `config.trainable` names, and nothing else."""
+        """Lets train what `config.trainable` names, in float32, and nothing else."""
         known = {name for name, _ in self.named_modules()} | {name for name, _ in self.named_parameters()}
         for part in self.config.trainable:
             if part not in known and part not in DEFAULT_TRAINABLE:
@@ -733,6 +742,8 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 )
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trains(name))
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
 
     def train(self, mode: bool = True):
         """As in PyTorch, but frozen parts stay in eval mode."""
@@ -782,12 +793,11 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config, vision_model)
-        text_config = config.text_config
-        self.language_projection = nn.Linear(config.qformer_config.hidden_size, text_config.hidden_size)
         if language_model is None:
-            language_model = language_model_class(text_config).from_config(text_config)
+            language_model = language_model_class(config.text_config).from_config(config.text_config)
+        width = language_model.get_input_embeddings().embedding_dim  # E, which for OPT-350m is not its hidden_size
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
-        self._recomputes = False
         self.post_init()
         self.freeze()
 
@@ -816,13 +826,11 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
     # From a bag and a text to what the language model reads; `forward` and `generate` both go through here.
 
     def language_model_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids that the language model knows: an image mark outside its vocabulary becomes its pad token."""
-        mark = self.config.image_token_index
+        """Ids that the language model knows: what lies outside its vocabulary, image marks, becomes its pad token."""
         vocabulary = self.get_input_embeddings().num_embeddings
-        if mark is None or mark < vocabulary:
-            return input_ids
         pad = self.config.text_config.pad_token_id
-        return input_ids.masked_fill(input_ids == mark, 0 if pad is None else pad)
+        known_pad = pad if pad is not None and 0 <= pad < vocabulary else 0
+        return input_ids.masked_fill(input_ids >= vocabulary, known_pad)
 
     def prepare_inputs_embeds(
         self,
@@ -891,8 +899,8 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if self._recomputes and self.training:
-            kwargs["use_cache"] = False
+        if labels is not None:
+            kwargs.setdefault("use_cache", False)  # nothing is generated, so keys and values need not be kept
         if self.config.is_encoder_decoder:
             outputs = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -968,12 +976,15 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         activations, stays in eval mode.
         """
         super()._set_gradient_checkpointing(enable=enable, **kwargs)
-        self._recomputes = enable
         for module in self.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                vars(module).pop("forward", None)
+                if "hooked_forward" in vars(module):
+                    vars(module).pop("forward")
+                    if (hooked := vars(module).pop("hooked_forward")) is not None:
+                        module.forward = hooked
                 if enable and is_frozen(module):
-                    module.forward = recomputed(module.forward)  # type: ignore[method-assign]
+                    module.hooked_forward = vars(module).get("forward")  # accelerate's, under a device map
+                    module.forward = functools.partial(recompute, module.forward)
 
 
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1026,20 +1037,17 @@ def keep_frozen_in_eval(module: nn.Module):
             keep_frozen_in_eval(child)
 
 
-def recomputed(forward: Callable) -> Callable:
-    """A block's `forward` that keeps its inputs only and runs again in the backward pass."""
-
-    def forward_with_checkpoint(*args, **kwargs):
-        if torch.is_grad_enabled():
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return forward(*args, **kwargs)
-
-    return forward_with_checkpoint
+def recompute(forward: Callable, *args, **kwargs):
+    """Runs a block that keeps its inputs only, and runs again in the backward pass."""
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 
 AutoConfig.register("mivpg", MivpgConfig)
 AutoConfig.register("mivpg_qformer", MivpgQFormerConfig)
 AutoModel.register(MivpgQFormerConfig, MivpgQFormerModel)
+AutoModelForImageTextToText.register(MivpgConfig, MivpgForConditionalGeneration)
 
 __all__ = [
     "MivpgForConditionalGeneration",

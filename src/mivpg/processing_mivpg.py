@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, ProcessorMixin
 
-from mivpg.checkpoints import load_tokenizer, loading
 from mivpg.configuration_mivpg import IMAGE_TOKEN, MivpgConfig, add_image_token
 from mivpg.errors import BagError, MivpgError
 from mivpg.images import open_image
+from mivpg.loading import hub_arguments, load_config, load_tokenizer, loading
 
 PictureLike = Image.Image | str | os.PathLike
+Text = str | Sequence[Mapping[str, Any]]
+"""A prompt, or a conversation for the chat template."""
 
 
 class MivpgProcessor(ProcessorMixin):
@@ -78,7 +80,14 @@ class MivpgProcessor(ProcessorMixin):
 
     @classmethod
     def from_vision_language_pretrained(
-        cls, vision: str | os.PathLike | None, language: str | os.PathLike, config: MivpgConfig, **options
+        cls,
+        vision: str | os.PathLike | None,
+        language: str | os.PathLike,
+        config: MivpgConfig,
+        *,
+        vision_revision: str | None = None,
+        language_revision: str | None = None,
+        **options,
     ) -> "MivpgProcessor":
         """The processor for `MivpgForConditionalGeneration.from_vision_language_pretrained(vision, language)`.
 
@@ -86,7 +95,9 @@ class MivpgProcessor(ProcessorMixin):
             vision: Folder or Hub id whose image processor is taken; None where there are features only.
             language: Folder or Hub id whose tokenizer is taken.
             config: The model's.
-            **options: `max_caption_tokens`, `chat`.
+            vision_revision: On the Hub; by default `main`.
+            language_revision: Likewise.
+            **options: `max_caption_tokens`, `chat`, `prompt`.
 
         Raises:
             MivpgError: A folder has no tokenizer or no image processor.
@@ -94,8 +105,9 @@ class MivpgProcessor(ProcessorMixin):
         image_processor = None
         if vision is not None:
             with loading("the image processor", vision):
-                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil")
-        return cls(image_processor, load_tokenizer(language), **model_options(config), **options)
+                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", revision=vision_revision)
+        tokenizer = load_tokenizer(language, revision=language_revision)
+        return cls(image_processor, tokenizer, **model_options(config), **options)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -106,15 +118,13 @@ class MivpgProcessor(ProcessorMixin):
         return [image_processor, load_tokenizer(pretrained_model_name_or_path, **kwargs)]
 
     @classmethod
-    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
         """BLIP-2's `processor_config.json` lacks what our own has; the model's `config.json` knows it."""
-        if "is_encoder_decoder" not in processor_dict:
-            path = args[1].name_or_path
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type == "blip-2":
-                config = MivpgConfig.from_blip2(config)
-            processor_dict = {"image_processor": None} | model_options(config)
-        return super().from_args_and_dict(args, processor_dict, **kwargs)
+        values, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if "is_encoder_decoder" not in values:
+            config, _ = load_config(pretrained_model_name_or_path, hub_arguments(kwargs))
+            values |= model_options(config)
+        return values, unused
 
     def check_argument_for_proper_class(self, argument_name, argument):
         """As in transformers, but there may be no image processor, where image embeddings come from elsewhere."""
@@ -146,10 +156,10 @@ class MivpgProcessor(ProcessorMixin):
     def __call__(  # type: ignore[override]
         self,
         images: Sequence[PictureLike] | Sequence[Sequence[PictureLike]] | None = None,
-        text: str | Sequence[str] | None = None,
+        text: Text | Sequence[Text] | None = None,
         *,
         image_embeds: Sequence[Tensor] | None = None,
-        image_coords: Sequence[Tensor] | None = None,
+        image_coords: Sequence[Any] | None = None,
         captions: Sequence[str] | None = None,
         return_tensors: str = "pt",
         **images_kwargs,
@@ -158,7 +168,8 @@ class MivpgProcessor(ProcessorMixin):
 
         Args:
             images: A list of bags, each a list of pictures or their paths; a list of pictures is one bag.
-            text: The prompt of each bag, or one for all; by default the processor's own.
+            text: The prompt of each bag, or one for all; by default the processor's own. A prompt is a text, or a
+                conversation (turns of `role` and `content`) for the tokenizer's chat template.
             image_embeds: Instead of images, stored features of each bag, (N, P, D).
             image_coords: x and y of each image of each bag, (N, 2), where they are known.
             captions: For training, the caption of each bag; gives `labels`, and pads on the right. Without them a
@@ -183,13 +194,20 @@ class MivpgProcessor(ProcessorMixin):
             batch["image_embeds"], batch["image_mask"] = pad_bags(list(image_embeds))
         else:
             assert images is not None
+            if isinstance(images, PictureLike):
+                images = [images]
             bags: Any = images if is_list_of_bags(images) else [images]
             batch["pixel_values"], batch["image_mask"] = pad_bags([self.pixels(bag, **images_kwargs) for bag in bags])
         if image_coords is not None:
-            batch["image_coords"], _ = pad_bags(list(image_coords))
+            coords = [torch.as_tensor(bag, dtype=torch.float32) for bag in image_coords]
+            batch["image_coords"], coords_mask = pad_bags(coords)
+            if not torch.equal(coords_mask, batch["image_mask"]):
+                counts = f"{coords_mask.sum(1).tolist()} coordinates and {batch['image_mask'].sum(1).tolist()} images"
+                raise MivpgError(f"The bags have {counts}; one x, y an image is needed.")
         num_bags = len(batch["image_mask"])
         text = self.prompt if text is None else text
-        prompts = [text] * num_bags if isinstance(text, str) else list(text)
+        is_one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], Mapping))
+        prompts: Any = [text] * num_bags if is_one else list(text)
         if len(prompts) != num_bags or (captions is not None and len(captions) != num_bags):
             given = f"{len(prompts)} texts" + ("" if captions is None else f" and {len(captions)} captions")
             raise MivpgError(f"{num_bags} bags and {given}; one of each a bag is needed.")
@@ -201,12 +219,15 @@ class MivpgProcessor(ProcessorMixin):
             raise BagError("A bag without images.")
         if self.image_processor is None:
             raise MivpgError("This model has no vision model, so its processor takes image_embeds, not images.")
-        pictures = [open_image(Path(p)) if isinstance(p, str | os.PathLike) else p.convert("RGB") for p in bag]
+        for picture in bag:
+            if not isinstance(picture, PictureLike):
+                raise MivpgError(f"An image is a PIL image or a path; this is a {type(picture).__name__}.")
+        pictures = [p.convert("RGB") if isinstance(p, Image.Image) else open_image(Path(p)) for p in bag]
         return self.image_processor(pictures, return_tensors="pt", **images_kwargs)["pixel_values"]
 
     # Texts to tokens.
 
-    def tokens(self, prompts: Sequence[str], captions: Sequence[str] | None) -> dict[str, Tensor]:
+    def tokens(self, prompts: Sequence[Text], captions: Sequence[str] | None) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (B, T) and, with captions, `labels`."""
         texts = [self.prompt_text(prompt) for prompt in prompts]
         ids = [self.text_ids(text) for text in texts]
@@ -221,15 +242,21 @@ class MivpgProcessor(ProcessorMixin):
             ids = [prompt + ending for prompt, ending in zip(ids, endings, strict=True)]
         return pad_tokens(ids, pad) | {"labels": pad_tokens(labels, -100)["input_ids"]}
 
-    def prompt_text(self, prompt: str) -> str:
+    def prompt_text(self, prompt: Text) -> str:
         """A prompt as the language model is to read it, in the chat template where there is one to use."""
+        if not isinstance(prompt, str):
+            return self.apply_chat_template(prompt, add_generation_prompt=True)
         if not self.chat:
             return prompt
         content = prompt if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n{prompt}"
         return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def apply_chat_template(self, conversation, chat_template=None, **kwargs):  # type: ignore[override]
-        """The tokenizer's chat template; a `{"type": "image"}` in a turn, one a bag, becomes `<image>`."""
+    def apply_chat_template(self, conversation, chat_template=None, tokenize=False, **kwargs):  # type: ignore[override]
+        """The tokenizer's chat template as a text; a `{"type": "image"}` in a turn, one a bag, becomes `<image>`."""
+        if tokenize:
+            raise MivpgError(
+                "apply_chat_template gives a text; pass it, or the conversation, to the processor as text."
+            )
         turns = [turn | {"content": flat_content(turn["content"])} for turn in conversation]
         return self.tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
 
@@ -245,7 +272,11 @@ class MivpgProcessor(ProcessorMixin):
     def tokenize(self, text: str) -> list[int]:
         """The tokenizer's ids, with its special tokens unless the text begins with them already (a chat template)."""
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        return self.tokenizer(text, add_special_tokens=not begins)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=not begins)["input_ids"]
+        if not self.is_encoder_decoder and ids and not text.endswith(self.tokenizer.eos_token or "\0"):
+            while ids and ids[-1] == self.tokenizer.eos_token_id:  # of a tokenizer that ends every text
+                ids = ids[:-1]
+        return ids
 
     def caption_ids(self, text: str, caption: str) -> list[int]:
         """Tokens of a caption as it follows its prompt, with the one that ends it."""
@@ -266,8 +297,16 @@ class MivpgProcessor(ProcessorMixin):
 
     # Tokens to captions.
 
-    def decode_captions(self, ids: Tensor) -> list[str]:
-        """Captions of what `generate` returned (B, T), less the prompt of a decoder-only model."""
+    def decode_captions(self, ids: Tensor, input_ids: Tensor | None = None) -> list[str]:
+        """Captions in what `generate` returned.
+
+        Args:
+            ids: (B, T).
+            input_ids: The prompts that it was given, with which a decoder-only model's answer begins; left out where
+                they are cut off already.
+        """
+        if input_ids is not None and not self.is_encoder_decoder:
+            ids = ids[:, input_ids.shape[1] :]
         rows = ids.tolist()
         if self.is_encoder_decoder:
             rows = [row[1:] for row in rows]  # the token that starts the decoder, which for BART is the one that ends

@@ -396,7 +396,8 @@ def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArgum
         report_to=config.report_to or "none",
         dataloader_num_workers=config.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,  # every trained parameter takes part in every step
+        # Every trained parameter takes part in every step; a vision model may have some that its tokens do not need.
+        ddp_find_unused_parameters=any(part.startswith("vision_model") for part in config.model.trainable or ()),
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
         # Under this name transformers knows it from 5.20 on; 5.23 calls it deprecated, so only where it is wanted.
