@@ -6,6 +6,7 @@ What a user's input can cause ends in one line on standard error and exit code 1
 import difflib
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -59,7 +60,7 @@ app = App(
 def main(tokens: list[str] | None = None) -> None:
     """Runs the command line and exits."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("mivpg").setLevel(logging.INFO)
+    logging.getLogger("mivpg").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     try:
         app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
@@ -76,6 +77,11 @@ def main(tokens: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that `torchrun` has started."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def complain(message: str) -> None:
@@ -105,7 +111,9 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
             resume: Go on from the newest checkpoint in `output_dir`.
         """
         quiet_transformers()
-        print(run(config, resume=resume))
+        best = run(config, resume=resume)
+        if is_first_process():
+            print(best)
 
     file, overrides = (None, list(arguments))
     if arguments and not arguments[0].startswith("-"):
