@@ -34,7 +34,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     eager_attention_forward,
 )
 from transformers.utils import ModelOutput
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mivpg.checkpoints import CheckpointMixin, is_named
@@ -674,8 +674,9 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         batch_size, num_images, num_tokens = image_embeds.shape[:3]
         if self.config.patch_pooling == "none" and num_tokens > 1:
             num_prefix_tokens = self.config.num_prefix_tokens
-            side = math.isqrt(num_tokens - num_prefix_tokens)
-            if side * side != num_tokens - num_prefix_tokens:
+            num_patches = num_tokens - num_prefix_tokens
+            side = math.isqrt(max(num_patches, 0))
+            if side == 0 or side * side != num_patches:
                 raise MivpgError(
                     f"PPEG needs a square grid of patches: {num_tokens} tokens an image less "
                     f"{num_prefix_tokens} before the patches (config.num_prefix_tokens) is no square."
@@ -859,6 +860,7 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         prompts = prompts.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(is_mark[..., None].to(inputs_embeds.device), prompts), prompts
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
