@@ -18,8 +18,6 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2Processor,
-    OPTConfig,
-    T5Config,
 )
 
 from families import (
@@ -33,6 +31,7 @@ from families import (
     save_vision_model,
 )
 from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
+from parameters import LANGUAGE_MODELS, real_size
 from tiny import randomize_added_weights
 
 QFORMER = {
@@ -134,38 +133,11 @@ class TestBlip2:
         torch.testing.assert_close(mivpg.get_instances(image_embeds)[0], image_embeds.mean(2), atol=1e-6, rtol=0)
 
 
-SIZES = {
-    "blip2-flan-t5-xl": T5Config(
-        d_model=2048,
-        d_kv=64,
-        d_ff=5120,
-        num_layers=24,
-        num_decoder_layers=24,
-        num_heads=32,
-        vocab_size=32128,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=0,
-    ),
-    "blip2-opt-2.7b": OPTConfig(
-        hidden_size=2560,
-        word_embed_proj_dim=2560,
-        ffn_dim=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        vocab_size=50304,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_real_sizes_have_blip2s_names_and_shapes_and_ours(name):
-    config = Blip2Config(text_config=SIZES[name].to_dict())
     with torch.device("meta"):
-        blip2 = Blip2ForConditionalGeneration(config)
-        mivpg = MivpgForConditionalGeneration(
-            MivpgConfig.from_blip2(config, patch_pooling="abmil", position_encoding="ppeg")
-        )
+        blip2 = Blip2ForConditionalGeneration(Blip2Config(text_config=LANGUAGE_MODELS[name].to_dict()))
+    mivpg = real_size(LANGUAGE_MODELS[name])
     expected = {name: tuple(weight.shape) for name, weight in blip2.named_parameters()}
     result = {name: tuple(weight.shape) for name, weight in mivpg.named_parameters()}
     ours = {"patch_pooling.projection.weight": (128, 1408), "patch_pooling.score.weight": (1, 128)}

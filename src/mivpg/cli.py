@@ -115,10 +115,7 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
         if is_first_process():
             print(best)
 
-    file, overrides = (None, list(arguments))
-    if arguments and not arguments[0].startswith("-"):
-        file, overrides = Path(arguments[0]), list(arguments[1:])
-    parse("mivpg train CONFIG.yaml", start, file, overrides)
+    parse("mivpg train CONFIG.yaml", start, arguments)
 
 
 @app.command
@@ -236,10 +233,7 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
         refuse_existing(out)
         run_evaluation(model, dataset.load(), out, split, prompt, batch_size, generation, dtype, seed, strict)
 
-    file, overrides = (None, list(arguments))
-    if arguments and not arguments[0].startswith("-"):
-        file, overrides = Path(arguments[0]), list(arguments[1:])
-    parse("mivpg evaluate CONFIG.yaml", start, file, overrides, only=("dataset",))
+    parse("mivpg evaluate CONFIG.yaml", start, arguments, only=("dataset",))
 
 
 def run_evaluation(
@@ -291,14 +285,13 @@ def run_evaluation(
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only: tuple[str, ...] = ()) -> None:
+def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, ...] = ()) -> None:
     """Calls `start` with the values of a YAML file and, before them, those of the command line.
 
     Args:
         usage: For the help.
         start: A function whose parameters are the fields.
-        file: The YAML file, None where all stands on the command line.
-        overrides: The rest of the command line.
+        arguments: The command line: a YAML file, unless all stands there, and fields.
         only: The fields to take from the file, which may have others; by default it may hold nothing unknown.
 
     Raises:
@@ -308,7 +301,9 @@ def parse(usage: str, start: Any, file: Path | None, overrides: list[str], only:
     import yaml
 
     sources = []
-    if file is not None:
+    file, overrides = None, list(arguments)
+    if overrides and not overrides[0].startswith("-"):
+        file = Path(overrides.pop(0))
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
             values = json.loads(json.dumps(values, default=str))  # names that look like numbers become text
