@@ -119,7 +119,7 @@ def test_bad_json_lines_get_one_line(tmp_path, content, says):
     [
         ("id,images\na,1.jpg\na,2.jpg\n", "line 3: id 'a' stands on line 2 already"),
         ("id,image\na,1.jpg\n", "line 1: unknown field 'image', did you mean 'images'"),
-        ("id;images\na;1.jpg\n", "line 1: unknown field 'id;images'"),
+        ("id;images\na;1.jpg\n", "line 1: columns are separated by ';'"),
         ("id,coords\na,1\n", "line 1: unknown field 'coords'"),
         ("images\n1.jpg\n", "line 2: no id"),
         ("id,images\na,1.jpg,2.jpg\n", "line 2: 3 columns, expected 2"),
@@ -192,3 +192,16 @@ def test_exactly_one_data_set_is_given(tmp_path):
         DatasetConfig().load()
     with pytest.raises(MivpgError, match="dataset names bag_file and abo, expected one of bag_file, abo"):
         DatasetConfig(bag_file=bag_file, abo=AboConfig(root=tmp_path)).load()
+
+
+def test_headers_as_spreadsheets_write_them(tmp_path):
+    file = tmp_path / "Products.CSV"
+    file.write_text(" ID ,Images,Captions\na,1.jpg;2.jpg,a chair.\n,,\n  \n", encoding="utf-8-sig")
+    (sample,) = load_bag_file(file)
+    assert sample.id == "a" and [path.name for path in sample.images] == ["1.jpg", "2.jpg"]
+    file.write_text("id;images;captions\na;1.jpg;b\n")
+    with pytest.raises(MivpgError, match=r"line 1: columns are separated by ';'"):
+        load_bag_file(file)
+    file.write_text("id,images,price\na,1.jpg,3\n")
+    with pytest.raises(MivpgError, match=r"unknown field 'price', .* delete it"):
+        load_bag_file(file)

@@ -149,7 +149,7 @@ def test_select():
     assert chosen == {
         "train": ["train", "all", "None"],
         "val": ["val", "all"],
-        "test": ["test", "all", "None"],
+        "test": ["test", "all"],
         "all": ["train", "val", "test", "all", "None"],
     }
     with pytest.raises(MivpgError, match="split is 'valid', expected one of train, val, test, all"):

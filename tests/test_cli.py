@@ -369,7 +369,6 @@ def test_a_refusal_as_a_process(tmp_path):
         (["caption", "a.jpg", "--model", "m", "--num-beams", "many"], 'unable to convert "many" into int'),
         (["caption", "a.jpg", "--model", "m", "--dtype", "float8"], 'Choose from: "auto"'),
         (["evaluate", "--dataset.abo.root", "a", "--model", "m"], "--out requires an argument"),
-        (["train"], "--model requires an argument"),
     ],
 )
 def test_a_wrong_command_line(tmp_path, arguments, message):
@@ -379,6 +378,8 @@ def test_a_wrong_command_line(tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train"], "name what to do: mivpg train CONFIG.yaml [--FIELD VALUE …]"),
+        (["evaluate"], "name what to do: mivpg evaluate CONFIG.yaml"),
         (["caption", "--model", "m"], "give the images of one bag, or --bags FILE --out FILE"),
         (["caption", "a.jpg", "--bags", "b.jsonl", "--model", "m"], "give the images of one bag, or --bags"),
         (["caption", "--bags", "b.jsonl", "--model", "m"], "--bags FILE and --out FILE go together"),
@@ -613,8 +614,8 @@ def test_an_unknown_field_on_the_command_line(world, tmp_path):
     ("text", "message"),
     [
         ("a: [", "no YAML file that can be read: while parsing"),
-        ("- 1", "found list, expected fields and their values."),
-        ("", "found NoneType, expected fields and their values."),
+        ("- 1", "found list, expected fields and their values in YAML (mivpg train CONFIG.yaml)."),
+        ("", "found nothing, expected fields and their values in YAML"),
         ("num_train_epochs: 3", "model is missing; add it, or --model on the command line."),
     ],
 )
@@ -794,3 +795,20 @@ def test_listings_of_every_kind_are_trained_on(world, tmp_path):
     dataset = {"abo": {"root": str(tmp_path / "abo"), "split": "all"}}
     out = done("train", world.config(tmp_path, num_train_epochs=1, dataset=dataset))
     assert "Training on 3 captions of 3 bags, validating on 3 bags." in out
+
+
+def test_bags_without_a_split_are_not_scored_by_accident(tmp_path):
+    """They trained, all of them; only who says so gets their scores."""
+    (tmp_path / "bags.jsonl").write_text('{"id": "a", "images": ["a.jpg"], "captions": ["a chair."]}')
+    arguments = [
+        "evaluate",
+        "--dataset.bag-file.path",
+        tmp_path / "bags.jsonl",
+        "--model",
+        "m",
+        "--out",
+        tmp_path / "m.json",
+    ]
+    assert "none of its 1 bags is in split 'test' (it has no splits, so every bag trains" in refusal(
+        tmp_path, *map(str, arguments)
+    )

@@ -9,18 +9,21 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import set_seed
 
 from mivpg import training
 from mivpg.bags import BagDataset, BagSampler
 from mivpg.errors import BagError, MivpgError
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.training import ModelConfig, ShareSampler, train
+from tiny import VISION_WIDTH
 from training_script import make_world, tiny_train_config
 
 torch.set_num_threads(1)  # as in the scripts: sums have to come out the same bit for bit
@@ -319,7 +322,7 @@ def make_trainer(config):
     model, processor = config.model.load()
     return training.MivpgTrainer(
         model,
-        training._training_arguments(config, validate=True),
+        training._training_arguments(config, num_pairs=len(samples), validate=True),
         processor,
         BagDataset(samples, training=True),
         BagDataset(samples),
@@ -432,6 +435,35 @@ def test_a_bag_that_cannot_be_opened(world, tmp_path, scores, num_workers):
     with pytest.raises(BagError, match=r"bag 'bag3': .*bad.npy") as error:
         train(config)
     assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_validation_bag_costs_itself_alone(world, tmp_path, capsys):
+    """It is scored as an empty caption, said once an epoch, and the epoch's checkpoint is made."""
+    lines = (world / "bags.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    broken = next(record for record in records if record["split"] == "val")
+    for record in records:
+        record["features"] = str(world / record["features"])
+    np.save(tmp_path / "broken.npy", np.full((2, 3, VISION_WIDTH), np.nan, np.float32))
+    broken["features"] = "broken.npy"
+    (tmp_path / "bags.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
+    config.dataset.bag_file.path = tmp_path / "bags.jsonl"
+    train(config)
+    said = capsys.readouterr().out
+    assert said.count(f"bag {broken['id']!r}") == 1 and "counts as an empty caption" in said
+    assert (tmp_path / "run" / "best").is_dir()
+    assert len(logged(tmp_path / "run", "eval_CIDEr")) == 1
+
+
+def test_a_run_of_one_step_learns(world, tmp_path, scores):
+    """A share of one step for warm-up is none: its rate would be 0."""
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1, batch_size=32, warmup_steps=0.05)
+    best = train(config)
+    set_seed(config.seed)
+    start, _ = config.model.load()
+    learned = load_file(best / "model.safetensors")
+    assert not torch.equal(learned["query_tokens"], start.query_tokens)
 
 
 def test_bags_that_the_model_cannot_read(world, tmp_path):

@@ -73,7 +73,7 @@ class Bag:
 
 
 def select(samples: Iterable[Sample], split: str) -> list[Sample]:
-    """The samples of one split; a sample of split "all" is in each, one without a split in train and test.
+    """The samples of one split; a sample of split "all" is in each, one without a split in train alone.
 
     Raises:
         MivpgError: There is no such split.
@@ -82,8 +82,7 @@ def select(samples: Iterable[Sample], split: str) -> list[Sample]:
         raise MivpgError(f"split is {split!r}, expected one of {', '.join(SPLITS)}.")
     if split == "all":
         return list(samples)
-    unsplit_belong = split != "val"
-    return [s for s in samples if s.split in (split, "all") or (s.split is None and unsplit_belong)]
+    return [s for s in samples if s.split in (split, "all") or (s.split is None and split == "train")]
 
 
 def one_pair_a_reference(samples: Iterable[Sample]) -> list[Sample]:

@@ -107,7 +107,6 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
         """Fine-tune on bags with captions, as a YAML file says; a field given here goes before the file's.
 
         Args:
-            config: The fields of the YAML file.
             resume: Go on from the newest checkpoint in `output_dir`.
         """
         quiet_transformers()
@@ -253,9 +252,16 @@ def run_evaluation(
     from mivpg.captioning import caption_file
     from mivpg.evaluation import evaluate_captions, format_table
 
-    chosen = [sample for sample in select(samples, split) if sample.captions]
-    if not chosen:
-        raise MivpgError(f"dataset: no bag of split {split!r} has a caption to score against.")
+    if not (in_split := select(samples, split)):
+        if all(sample.split is None for sample in samples):
+            remedy = "it has no splits, so every bag trains; give bag_file.split_seed or a split column, or --split all"
+        else:
+            remedy = ", ".join(f"{len(select(samples, name))} {name}" for name in ("train", "val", "test"))
+        raise MivpgError(f"dataset: none of its {len(samples)} bags is in split {split!r} ({remedy}).")
+    if not (chosen := [sample for sample in in_split if sample.captions]):
+        raise MivpgError(
+            f"dataset: none of the {len(in_split)} bags of split {split!r} has a caption to score against."
+        )
     captions = out.with_suffix(".captions.jsonl")
     refuse_existing(captions)
     loaded, processor = load(model, dtype)
@@ -300,6 +306,8 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
     """
     import yaml
 
+    if not arguments:
+        raise MivpgError(f"name what to do: {usage} [--FIELD VALUE …].")
     sources = []
     file, overrides = None, list(arguments)
     if overrides and not overrides[0].startswith("-"):
@@ -311,7 +319,8 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
             reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
             raise MivpgError(f"{file}: no YAML file that can be read: {reason}.") from None
         if not isinstance(values, dict):
-            raise MivpgError(f"{file}: found {type(values).__name__}, expected fields and their values.")
+            found = "nothing" if values is None else type(values).__name__
+            raise MivpgError(f"{file}: found {found}, expected fields and their values in YAML ({usage}).")
         sources.append(FileFields(file, values, only))
     inner = App(name=usage, config=sources, default_command=start, version_flags=[], suppress_keyboard_interrupt=False)
     try:

@@ -106,7 +106,8 @@ def check_is_model(path: str | os.PathLike) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise MivpgError(f"{folder} has no config.json, expected the folder of a model.")
+            hint = f"; did you mean {folder / 'best'}?" if (folder / "best" / "config.json").is_file() else "."
+            raise MivpgError(f"{folder} has no config.json, expected the folder of a model{hint}")
     elif folder.exists():
         raise MivpgError(f"{path} is a file, expected the folder of a model.")
     elif not is_hub_id(os.fspath(path)) or (folder.name != os.fspath(path) and folder.parent.is_dir()):

@@ -160,7 +160,7 @@ class MivpgProcessor(ProcessorMixin):
         *,
         image_embeds: Sequence[Tensor] | None = None,
         image_coords: Sequence[Any] | None = None,
-        captions: Sequence[str] | None = None,
+        captions: str | Sequence[str] | None = None,
         return_tensors: str = "pt",
         **images_kwargs,
     ) -> BatchFeature:
@@ -205,6 +205,7 @@ class MivpgProcessor(ProcessorMixin):
                 counts = f"{coords_mask.sum(1).tolist()} coordinates and {batch['image_mask'].sum(1).tolist()} images"
                 raise MivpgError(f"The bags have {counts}; one x, y an image is needed.")
         num_bags = len(batch["image_mask"])
+        captions = [captions] if isinstance(captions, str) else captions
         text = self.prompt if text is None else text
         is_one = isinstance(text, str) or (len(text) > 0 and isinstance(text[0], Mapping))
         prompts: Any = [text] * num_bags if is_one else list(text)
@@ -330,8 +331,17 @@ def model_options(config: MivpgConfig) -> dict[str, Any]:
 
 
 def is_list_of_bags(images: Sequence) -> bool:
-    """Whether these are bags, rather than the pictures of one."""
-    return len(images) > 0 and isinstance(images[0], list | tuple)
+    """Whether these are bags, rather than the pictures of one.
+
+    Raises:
+        MivpgError: They are neither, or both.
+    """
+    if not isinstance(images, list | tuple):
+        raise MivpgError(f"images are lists of PIL images or paths; this is a {type(images).__name__}.")
+    are_bags = {isinstance(image, list | tuple) for image in images}
+    if len(are_bags) > 1:
+        raise MivpgError("images hold bags (lists) beside single pictures; put each picture into a list of its own.")
+    return are_bags == {True}
 
 
 def flat_content(content: str | Sequence[Mapping[str, Any]]) -> str:

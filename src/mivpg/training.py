@@ -26,7 +26,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -175,6 +175,7 @@ class TrainConfig:
     prompt: str = "a photo of"
     """Precedes the caption of every bag that has no prompt of its own."""
     num_train_epochs: int = 5
+    """How often every pair of bag and caption is trained on."""
     batch_size: int = 16
     """Bags that one process puts through the model at once."""
     gradient_accumulation_steps: int = 1
@@ -248,10 +249,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         raise MivpgError("early_stopping_patience is set, but the data set has no validation split to judge by.")
     check_bags(train_samples + val_samples)
 
-    args = _training_arguments(config, validate=bool(val_samples))
+    pairs = one_pair_a_reference(train_samples) if config.references == "each" else train_samples
+    args = _training_arguments(config, num_pairs=len(pairs), validate=bool(val_samples))
     if resume and checkpoint is None:
         _say(f"{config.output_dir}: there is nothing to resume, so this starts.")
-    pairs = one_pair_a_reference(train_samples) if config.references == "each" else train_samples
     _say(f"Training on {len(pairs)} captions of {len(train_samples)} bags, validating on {len(val_samples)} bags.")
     if not val_samples:
         _say("There is no validation split, so the last checkpoint is kept as the best.")
@@ -364,11 +365,15 @@ def _describe_data(train_samples: list[Sample], val_samples: list[Sample], num_p
     }
 
 
-def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArguments:
+def _training_arguments(config: TrainConfig, *, num_pairs: int, validate: bool) -> TrainingArguments:
     installed = get_available_reporting_integrations()
     for tracker in config.report_to:
         if tracker not in installed:
             raise MivpgError(f"report_to: {tracker!r} is not installed; found {', '.join(installed) or 'no tracker'}.")
+    num_warmup_steps = config.warmup_steps
+    if num_warmup_steps < 1:  # rounded down: a warm-up of one step would be a step at rate 0
+        bags_a_step = config.batch_size * config.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+        num_warmup_steps = int(num_warmup_steps * config.num_train_epochs * math.ceil(num_pairs / bags_a_step))
     args = TrainingArguments(
         output_dir=str(config.output_dir),
         num_train_epochs=config.num_train_epochs,
@@ -377,7 +382,7 @@ def _training_arguments(config: TrainConfig, *, validate: bool) -> TrainingArgum
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=config.warmup_steps,
+        warmup_steps=num_warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
@@ -513,7 +518,8 @@ class MivpgTrainer(Trainer):
         """CIDEr and BLEU@4 of the captions written for `eval_dataset`, each bag captioned by one process."""
         assert eval_dataset is None and self.eval_dataset is not None, "the references belong to the eval_dataset"
         start = time.monotonic()
-        captions = dict(gather_object(list(self._caption(self.eval_dataset))))
+        captions = {sample.id: "" for sample in self.eval_dataset.samples}
+        captions |= dict(gather_object(list(self._caption(self.eval_dataset))))
         scores = [self.scorer.score(captions) if self.scorer is not None else {}]
         broadcast_object_list(scores)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores[0].items()}
@@ -525,18 +531,22 @@ class MivpgTrainer(Trainer):
     def _caption(self, dataset: BagDataset) -> Iterator[tuple[str, str]]:
         """(id, caption) of this process's share of the bags."""
         by_size = sorted(range(len(dataset)), key=lambda index: bag_size(dataset.samples[index]))
-        loader: DataLoader[list[Bag]] = DataLoader(
-            dataset,
+        loader: DataLoader[list[Bag | BagError]] = DataLoader(
+            OpenedOrError(dataset),
             batch_size=self.args.per_device_eval_batch_size,
             sampler=by_size[self.args.process_index :: self.args.world_size],
             collate_fn=list,
             num_workers=self.args.dataloader_num_workers,
         )
         self.callback_handler.eval_dataloader = loader
-        for bags in loader:
-            with self.accelerator.autocast():
-                captions = caption_bags(self.model, self.processor, bags, **self.validation.as_kwargs())
-            yield from zip((bag.id for bag in bags), captions, strict=True)
+        for opened in loader:
+            bags = [bag for bag in opened if isinstance(bag, Bag)]
+            for error in (bag for bag in opened if isinstance(bag, BagError)):
+                print(f"{error} It counts as an empty caption.", flush=True)
+            if bags:
+                with self.accelerator.autocast():
+                    captions = caption_bags(self.model, self.processor, bags, **self.validation.as_kwargs())
+                yield from zip((bag.id for bag in bags), captions, strict=True)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     # The run folder
@@ -644,6 +654,27 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             with self.log_file.open(mode) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class OpenedOrError(Dataset):
+    """Bags, or what is wrong with them: an unreadable picture costs its bag, not the epoch that has been trained.
+
+    Args:
+        dataset: Opens the bags.
+    """
+
+    def __init__(self, dataset: BagDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Bag | BagError:
+        """The bag, or the error that opening it raised."""
+        try:
+            return self.dataset[index]
+        except BagError as error:
+            return error
 
 
 class ShareSampler(Sampler[list[tuple[int, int]]]):

@@ -178,9 +178,10 @@ def _read_image_paths(path: Path, image_ids: set[str]) -> dict[str, str]:
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """The references of each item, from whichever kind of file."""
     readers = {".json": _read_json, ".csv": _read_csv, ".pkl": _read_pickle}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise MivpgError(f"{path} ends in {path.suffix!r}, expected captions, {', '.join(readers)}.")
-    data = readers[path.suffix](path)
+    data = readers[suffix](path)
     if not isinstance(data, dict):
         raise MivpgError(f"{path} holds a {type(data).__name__}, expected item_id -> list of captions.")
     if "pcs_name" in data:  # ShapeCompiler numbers its items and names them apart

@@ -56,12 +56,13 @@ def load_bag_file(path: Path) -> list[Sample]:
         MivpgError: The file cannot be read, holds no bag, or a line is not as the module says.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
-    if path.suffix not in readers:
+    suffix = path.suffix.lower()
+    if suffix not in readers:
         raise MivpgError(f"{path} ends in {path.suffix!r}, expected a bag file, {' or '.join(readers)}.")
     lines: dict[str, int] = {}
     samples = []
     try:
-        for line, record in readers[path.suffix](path):
+        for line, record in readers[suffix](path):
             try:
                 sample = _sample(record, path.parent)
             except MivpgError as error:
@@ -98,12 +99,14 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
-            header = next(rows, [])
+            header = [name.strip().lower() for name in next(rows, [])]
+            if len(header) == 1 and ";" in header[0]:
+                raise MivpgError(f"columns are separated by ';' ({header[0]}), expected ','.")
             _check_fields(header, CSV_FIELDS)
             if len(set(header)) != len(header):
                 raise MivpgError("a column occurs twice.")
             for row in rows:
-                if not row:
+                if not "".join(row).strip():
                     continue
                 if len(row) != len(header):
                     raise MivpgError(f"{len(row)} columns, expected {len(header)} as in the first line.")
@@ -121,7 +124,7 @@ def _check_fields(names: Iterable[str], known: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}."
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}; delete it."
             raise MivpgError(f"unknown field {name!r}, {hint}")
 
 
