@@ -603,3 +603,35 @@ def test_llm_decides_for_itself_what_it_is(tmp_path):
     )
     assert model.config.is_encoder_decoder
     assert type(model.language_model) is not type(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_models_of_the_hub_are_pinned_by_their_commit(tmp_path):
+    """In a cache as huggingface_hub lays it out, without a network."""
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+
+    def cached(repository: str, commit: str, revision: str) -> Path:
+        folder = tmp_path / "cache" / f"models--{repository.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        return folder / "snapshots" / commit
+
+    save_blip2(cached("shop/blip2", "a" * 40, "main"))
+    model = drawn(MivpgForConditionalGeneration.from_pretrained("shop/blip2", **hub))
+    assert model.config.base == {"model": {"path": "shop/blip2", "revision": "a" * 40}}
+    batch = MivpgProcessor.from_pretrained("shop/blip2", **hub)(images=[pictures(2)], text="a", captions=["b"])
+    model.save_trained(tmp_path / "1")
+    again = MivpgForConditionalGeneration.from_pretrained(tmp_path / "1", **hub)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+    save_language_model(cached("shop/llama", "b" * 40, "main"), "llama", seed=1)
+    save_language_model(cached("shop/llama", "c" * 40, "v2"), "llama", seed=2)
+    pair = MivpgForConditionalGeneration.from_vision_language_pretrained(
+        None, "shop/llama", image_embeds_size=8, qformer_config=QFORMER, language_revision="v2", **hub
+    )
+    assert pair.config.base["language_model"]["revision"] == "c" * 40
+    pair.save_trained(tmp_path / "2")
+    again = MivpgForConditionalGeneration.from_pretrained(tmp_path / "2", **hub)
+    weights = again.language_model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in pair.language_model.state_dict().items())
+    with pytest.raises(MivpgError, match="shop/llama"):
+        MivpgForConditionalGeneration.from_pretrained(tmp_path / "2", cache_dir=tmp_path, local_files_only=True)

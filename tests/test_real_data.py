@@ -104,16 +104,19 @@ def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
 
 @needs_abo
 @needs_stories
-def test_a_real_frozen_language_model_over_real_photos(tmp_path):
+def test_a_real_frozen_language_model_over_real_photos(tmp_path, record_property):
     save_vision_model(tmp_path / "clip", "clip_vision_model")
     dataset = DatasetConfig(abo=AboConfig(root=ABO, photos="small", split="all"))
     best = train(stories_config(tmp_path, dataset, vision=str(tmp_path / "clip")))
     check_stories(tmp_path / "run", best, dataset.load())
+    record_property(
+        "stories260k over photos: last loss / first", losses(tmp_path / "run")[-1] / losses(tmp_path / "run")[0]
+    )
 
 
 @needs_abo
 @needs_stories
-def test_features_alone_over_a_real_language_model(tmp_path):
+def test_features_alone_over_a_real_language_model(tmp_path, record_property):
     """The vision model is asked once, its answers are stored, and from then on there is none."""
     save_vision_model(tmp_path / "clip", "clip_vision_model")
     seeing = MivpgForConditionalGeneration.from_vision_language_pretrained(
@@ -129,6 +132,9 @@ def test_features_alone_over_a_real_language_model(tmp_path):
     dataset = DatasetConfig(bag_file=BagFileConfig(path=tmp_path / "bags.jsonl"))
     best = train(stories_config(tmp_path, dataset, image_embeds_size=24))
     check_stories(tmp_path / "run", best, dataset.load())
+    record_property(
+        "stories260k, features: last loss / first", losses(tmp_path / "run")[-1] / losses(tmp_path / "run")[0]
+    )
 
 
 def stories_config(tmp_path: Path, dataset: DatasetConfig, **model) -> TrainConfig:
