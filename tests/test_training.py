@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -125,6 +125,7 @@ def assert_close_weights(found: Path, expected: Path) -> None:
             torch.testing.assert_close(weights[name], expected_weights[name], rtol=0, atol=1e-4, msg=name)
 
 
+@settings(deadline=None)
 @given(
     num_bags=st.integers(1, 40),
     batch_size=st.integers(1, 4),
