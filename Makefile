@@ -1,7 +1,5 @@
-# One virtual environment for everything; .venv/stamp is newer than what it was made from.
-PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
+# The commands themselves stand in .ci/, which needs no make; .venv is one environment for everything.
+export PYTHON ?= python3
 
 .PHONY: help install check format test test-all clean
 
@@ -10,29 +8,23 @@ help:
 	@echo "make check     formatting, lint and types"
 	@echo "make test      the tests (under 8 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
+	@echo "make format    formatting and what lint can mend"
 
-install: $(VENV)/stamp
+install:
+	bash .ci/install
 
-$(VENV)/stamp: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+check: install
+	bash .ci/check
 
-check: $(VENV)/stamp
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+format: install
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
 
-format: $(VENV)/stamp
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+test: install
+	bash .ci/test
 
-test: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" --durations 15
-
-test-all: $(VENV)/stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu" --durations 15
+test-all: install
+	bash .ci/test "not gpu"
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf .venv build dist src/*.egg-info
