@@ -16,7 +16,15 @@ import torch
 from PIL import Image
 
 from mivpg.bags import BagDataset, Sample
-from mivpg.captioning import CaptionCounts, GenerationOptions, _read_ahead, caption_bags, caption_file, caption_samples
+from mivpg.captioning import (
+    CaptionCounts,
+    GenerationOptions,
+    _read_ahead,
+    caption_bags,
+    caption_file,
+    caption_samples,
+    read_captions,
+)
 from mivpg.errors import BagError, MivpgError
 
 GREEDY = GenerationOptions(num_beams=1, max_new_tokens=7)
@@ -148,6 +156,17 @@ def test_captions_are_utf8_and_one_line_each(tmp_path, monkeypatch):
     out.unlink()
     write_captions(samples, out)
     assert out.read_bytes() == b'{"id": "half \xed\xa0\x80", "caption": "tr\xc3\xa8s\\nchic \xf0\x9f\x98\x80"}\n'
+
+
+def test_captions_are_read_back_as_they_were_written(tmp_path, monkeypatch):
+    """With every character that Python takes for an end of line, and ids that are no text."""
+    caption = "a\u2028chair\u2029 \x85 \x0b \x0c\r\n\x1e."
+    monkeypatch.setattr(FakeProcessor, "decode_captions", lambda self, ids: [caption] * len(ids))
+    good, missing = write_samples(tmp_path, 2)
+    missing.images[0].unlink()
+    samples = [Sample(id="half \ud800 \u2028", images=good.images), missing]
+    write_captions(samples, tmp_path / "out.jsonl")
+    assert read_captions(tmp_path / "out.jsonl") == {"half \ud800 \u2028": caption}
 
 
 RUN_SLOWLY = """

@@ -242,6 +242,13 @@ def caption_file(
     return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
 
 
+def read_captions(out: Path) -> dict[str, str]:
+    """Bag id to caption of a file that `caption_file` wrote, without the bags that could not be read."""
+    # By the end of line that was written: a caption may hold others, such as U+2028, that `splitlines` would cut at.
+    records = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
+    return {record["id"]: record["caption"] for record in records if "caption" in record}
+
+
 def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
     """What decides, beside a bag, what its caption is."""
     return {

@@ -249,7 +249,7 @@ def run_evaluation(
 ) -> None:
     """Captions, scores, writes and prints."""
     from mivpg.bags import select
-    from mivpg.captioning import caption_file
+    from mivpg.captioning import caption_file, read_captions
     from mivpg.evaluation import evaluate_captions, format_table
 
     if not (in_split := select(samples, split)):
@@ -275,8 +275,7 @@ def run_evaluation(
         batch_size=batch_size,
         strict=strict,
     )
-    records = [json.loads(line) for line in captions.read_text(encoding="utf-8").splitlines()]
-    predictions = {record["id"]: record["caption"] for record in records if "caption" in record}
+    predictions = read_captions(captions)
     scored = [sample for sample in chosen if sample.id in predictions]
     if not scored:
         raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read.")
