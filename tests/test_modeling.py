@@ -351,6 +351,19 @@ class TestFamilies:
             inputs = {"images": [pictures(1)], "text": "it is", "captions": captions}
             assert torch.equal(ending(**inputs)["input_ids"], plain(**inputs)["input_ids"])
 
+    @pytest.mark.parametrize("text", ["", "it is"])
+    def test_a_tokenizer_whose_texts_begin_with_the_token_that_ends_them(self, folders, text):
+        """OPT's: an empty prompt still begins, and no caption begins with its end."""
+        _, plain = self.joined(folders, "clip_vision_model", "llama")
+        tokenizer = byte_tokenizer("llama")
+        tokenizer.eos_token = tokenizer.bos_token
+        same = MivpgProcessor(plain.image_processor, tokenizer, num_query_tokens=5)
+        inputs = {"images": [pictures(1)], "text": text}
+        assert torch.equal(same(**inputs)["input_ids"], plain(**inputs)["input_ids"])
+        batch = same(**inputs, captions=["a chair"])
+        labels = batch["labels"][batch["labels"] != -100].tolist()
+        assert labels.count(tokenizer.eos_token_id) == 1 and labels[-1] == tokenizer.eos_token_id
+
     def test_sixteen_bits_are_for_what_is_frozen(self, folders):
         model, processor = self.joined(folders, "clip_vision_model", "opt", dtype=torch.bfloat16)
         dtypes = {name.split(".")[0]: weight.dtype for name, weight in model.named_parameters()}

@@ -274,8 +274,10 @@ class MivpgProcessor(ProcessorMixin):
         """The tokenizer's ids, with its special tokens unless the text begins with them already (a chat template)."""
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         ids = self.tokenizer(text, add_special_tokens=not begins)["input_ids"]
-        if not self.is_encoder_decoder and ids and not text.endswith(self.tokenizer.eos_token or "\0"):
-            while ids and ids[-1] == self.tokenizer.eos_token_id:  # of a tokenizer that ends every text
+        if not self.is_encoder_decoder and not text.endswith(self.tokenizer.eos_token or "\0"):
+            # Of a tokenizer that ends every text; but the token that begins one stays, which for OPT is the same.
+            beginning = 1 if ids[:1] == [self.tokenizer.bos_token_id] else 0
+            while len(ids) > beginning and ids[-1] == self.tokenizer.eos_token_id:
                 ids = ids[:-1]
         return ids
 
