@@ -14,9 +14,11 @@ _MODULES = {
     "modeling_mivpg": ("MivpgForConditionalGeneration", "MivpgQFormerModel", "VisualPrompts"),
     "processing_mivpg": ("MivpgProcessor",),
     "bags": ("Bag", "BagCollator", "BagDataset", "BagSampler", "Sample"),
+    "features": ("extract_features",),
     "training": ("TrainConfig", "train"),
     "captioning": ("caption_bags", "caption_file"),
     "evaluation": ("evaluate_captions", "score_captions"),
+    "visualization": ("image_weights",),
     "errors": ("BagError", "MivpgError"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

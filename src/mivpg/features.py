@@ -1,0 +1,283 @@
+"""The feature store: what the frozen vision model says of each image, computed once and read in every epoch.
+
+    samples = extract_features(model, processor, samples, Path("features"))
+
+A bag is one safetensors file, which `read_features` reads. `features.json` beside them says what made them all, and
+each file's metadata says of which images, so that features of two kinds are never mixed.
+"""
+
+# N images a bag, n images of a batch, whatever their bags, P patch tokens an image, D vision width
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mivpg.bags import Sample, _check_record, _naming
+from mivpg.captioning import NUM_READERS, _check_batch_size, _record
+from mivpg.checkpoints import stat
+from mivpg.errors import BagError, MivpgError
+from mivpg.modeling_mivpg import MivpgVisualPromptModel
+from mivpg.processing_mivpg import MivpgProcessor, pad_bags
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.no_grad()
+def extract_features(
+    model: MivpgVisualPromptModel,
+    processor: MivpgProcessor,
+    samples: Sequence[Sample],
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+) -> list[Sample]:
+    """Runs the frozen vision model once on every image of every bag, with a progress bar on a terminal.
+
+    A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). A bag
+    whose file is there is not done again, so an interrupted run goes on when it is started again.
+
+    Args:
+        model: Sees in eval mode and is left in the mode it was found in.
+        processor: The model's.
+        samples: Bags of images; one that stands here several times, with other captions, is done once.
+        folder: The store; made where it does not exist.
+        dtype: Of the stored features. float32 keeps what the model computed, 16 bits halve the store.
+        batch_size: Images that the vision model sees at once; bags of several sizes fill a batch.
+
+    Returns:
+        The samples with `features` in place of `images`.
+
+    Raises:
+        BagError: A bag cannot be read, or `dtype` cannot hold its features; bags that were written are kept.
+        MivpgError: There is no vision model, or the store was made otherwise: by another vision model, with other
+            settings of the image processor, in another dtype, or of images or coordinates that have changed since.
+    """
+    _check_batch_size(batch_size)
+    if dtype not in DTYPES:
+        raise MivpgError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+    if model.vision_model is None or processor.image_processor is None:
+        raise MivpgError("Features are made of images, but this model has no vision model or no image processor.")
+    bags = _distinct(samples)
+    _claim(folder, _maker(model.vision_model, processor.image_processor, dtype))
+    missing = []
+    for bag in tqdm(bags, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
+        if (file := folder / file_name(bag.id)).exists():
+            _check_is_made_of(file, bag)
+        else:
+            missing.append(bag)
+
+    num_images, num_missing = (sum(len(bag.images) for bag in some) for some in (bags, missing))
+    opened = _open_batches(processor, missing, batch_size)
+    was_training = model.training
+    model.eval()
+    try:
+        # disable=None: no bar where the output is not a terminal
+        with (
+            closing(opened),
+            tqdm(total=num_images, initial=num_images - num_missing, unit="image", disable=None) as progress,
+        ):
+            seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
+            for batch in opened:
+                pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
+                image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
+                for image, row in zip(batch, image_embeds.to("cpu", dtype), strict=True):
+                    seen.append((image.origin, row))
+                    if len(seen) == len(image.bag.images):
+                        _write_bag(folder, image.bag, seen)
+                        seen = []
+                    progress.update()
+    finally:
+        model.train(was_training)
+    return [replace(sample, images=(), features=folder / file_name(sample.id)) for sample in samples]
+
+
+def file_name(bag_id: str) -> str:
+    """Where a store keeps a bag: its id as far as a file's name can hold it, and a digest that tells all ids apart."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", bag_id).strip("-")[:60]
+    digest = hashlib.sha256(bag_id.encode(errors="surrogatepass")).hexdigest()[:16]  # an id may hold half a pair
+    return f"{readable}-{digest}.safetensors".lstrip("-")
+
+
+def _distinct(samples: Sequence[Sample]) -> list[Sample]:
+    """Each bag once.
+
+    Raises:
+        BagError: A record is not as it has to be, or two bags have one id.
+    """
+    bags: dict[str, Sample] = {}
+    for sample in samples:
+        with _naming(sample):
+            _check_record(sample)
+            if sample.features is not None:
+                raise BagError(f"features already ({sample.features}), expected images to make them of.")
+            first = bags.setdefault(sample.id, sample)
+            if (sample.images, sample.image_coords) != (first.images, first.image_coords):
+                raise BagError("two bags of this id, with other images or coordinates; give each an id of its own.")
+    return list(bags.values())
+
+
+# ── From images to features ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OpenedImage:
+    """One image, ready for the vision model."""
+
+    bag: Sample
+    pixel_values: Tensor
+    """(1, 3, h, w)."""
+    origin: list[Any]
+    """What `_origin` says of its file."""
+
+
+def _open_batches(
+    processor: MivpgProcessor, bags: Sequence[Sample], batch_size: int
+) -> Generator[list[_OpenedImage], None, None]:
+    """Batches of the images of all bags in order; the next is opened while the model sees one."""
+    images = ((bag, path) for bag in bags for path in bag.images)
+    readers = ThreadPoolExecutor(NUM_READERS)
+
+    def open_batch() -> list[Future[_OpenedImage]]:
+        return [readers.submit(_open, processor, bag, path) for bag, path in islice(images, batch_size)]
+
+    try:
+        batch = open_batch()
+        while batch:
+            following = open_batch()
+            yield [image.result() for image in batch]
+            batch = following
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _open(processor: MivpgProcessor, bag: Sample, path: Path) -> _OpenedImage:
+    with _naming(bag):
+        return _OpenedImage(bag=bag, pixel_values=processor.pixels([path]), origin=_origin(path))
+
+
+def _write_bag(folder: Path, bag: Sample, seen: list[tuple[list[Any], Tensor]]) -> None:
+    """Writes the file of a bag from the origin and the features (P, D) of each of its images."""
+    tensors = {"image_embeds": torch.stack([row for _, row in seen])}  # (N, P, D)
+    if not torch.isfinite(tensors["image_embeds"]).all():
+        dtype = tensors["image_embeds"].dtype
+        raise BagError(f"bag {bag.id!r}: features hold NaN or infinity as {dtype}; bfloat16 and float32 hold the most.")
+    if (coords := _coords(bag)) is not None:
+        tensors["coords"] = coords
+    metadata = {"id": json.dumps(bag.id), "images": json.dumps([origin for origin, _ in seen])}
+    _write(folder / file_name(bag.id), save(tensors, metadata))
+
+
+def _coords(bag: Sample) -> Tensor | None:
+    """(N, 2), or None where they are not known."""
+    return None if bag.image_coords is None else torch.tensor(bag.image_coords, dtype=torch.float32)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Whole or not at all: it gets its name when it is on the disk."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.rename(file)
+
+
+# ── What made a store, and of what ──────────────────────────────────────────────────────────────────────────────────
+
+
+def _maker(vision_model: nn.Module, image_processor: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides, beside an image, what its features are."""
+    settings = json.loads(image_processor.to_json_string())
+    settings["image_processor_type"] = type(image_processor).__name__  # with the backend, which the settings leave out
+    settings.pop("processor_class", None)  # says who holds it
+    return {
+        "vision_model": _weights_digest(vision_model),
+        "dtype": str(dtype).removeprefix("torch."),
+        # A setting that is not set may be one that another release of transformers does not know.
+        **{f"image_processor.{name}": value for name, value in settings.items() if value is not None},
+    }
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """sha256 of a module's weights with their names, dtypes and shapes."""
+    sha256 = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        sha256.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        sha256.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return sha256.hexdigest()
+
+
+def _claim(folder: Path, maker: dict[str, Any]) -> None:
+    """Makes the store, or checks that it was made by the same.
+
+    Raises:
+        MivpgError: It was made by something else, or nothing says by what.
+    """
+    file = folder / "features.json"
+    remedy = "choose another folder, or delete this one to make its features anew."
+    if not file.exists():
+        if any(folder.glob("*.safetensors")):
+            raise MivpgError(
+                f"{folder} holds safetensors files, but no features.json that says what made them; {remedy}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, json.dumps(maker, indent=2).encode())  # before the first bag, so that there is none without it
+        return
+    found = _record(file.read_bytes())
+    for name in found | maker:
+        if found.get(name) != maker.get(name):
+            raise MivpgError(
+                f"{file}: these features were made with {name} = {found.get(name)!r}, and {maker.get(name)!r} is "
+                f"asked for; {remedy}"
+            )
+
+
+def _origin(path: Path) -> list[Any]:
+    """What tells whether an image is still the same: path, size, time of the last change and sha256."""
+    return [os.fspath(path), *stat(path), _digest(path)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_is_made_of(file: Path, bag: Sample) -> None:
+    """Checks that a bag's file is whole and of this bag's images; one is read only where it was moved or touched.
+
+    Raises:
+        BagError: An image is gone.
+        MivpgError: The file is damaged, or of other images or coordinates.
+    """
+    remedy = f"delete the file to extract bag {bag.id!r} anew."
+    try:
+        with safe_open(file, framework="pt") as stored:
+            origins = json.loads((stored.metadata() or {}).get("images", "[]"))
+            coords = stored.get_tensor("coords").tolist() if "coords" in stored.keys() else None  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise MivpgError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from None
+    if len(origins) != len(bag.images):
+        raise MivpgError(f"{file} was made of {len(origins)} images, and the bag has {len(bag.images)}; {remedy}")
+    for path, origin in zip(bag.images, origins, strict=True):
+        if not path.is_file():
+            raise BagError(f"bag {bag.id!r}: {path} does not exist, expected a picture.")
+        if [os.fspath(path), *stat(path)] != origin[:-1] and _digest(path) != origin[-1]:
+            raise MivpgError(f"{file} was made of another image than {path} is now; {remedy}")
+    wanted = _coords(bag)
+    if coords != (None if wanted is None else wanted.tolist()):
+        raise MivpgError(f"{file} was made with other coordinates of the images; {remedy}")
