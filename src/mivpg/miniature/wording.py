@@ -1,0 +1,185 @@
+"""What people write of a product, and what a single picture is described with.
+
+Two manners of speech over the same words. A **catalogue reference** describes a product as annotators of Amazon
+Berkeley Objects do (the paper's Figure 6 and appendix C.3): "a red two seater sofa with four short legs and a striped
+back." A **picture description** says what one picture shows, and from where: "a red sofa seen from behind. its back is
+striped." The base model's language model has read both, as text; its pictures came with the second alone.
+
+Both take the traits that may be spoken of, so that a text never says what its pictures do not show.
+"""
+
+import random
+import re
+from collections.abc import Collection, Sequence
+
+from mivpg.miniature.products import HIDDEN_TRAITS, Product
+
+NOUNS = {
+    "chair": ("chair", "one seater chair"),
+    "stool": ("stool",),
+    "ottoman": ("ottoman seat", "ottoman"),
+    "sofa": ("sofa", "couch"),
+    "table": ("table",),
+    "bed": ("bed",),
+    "lamp": ("lamp", "table lamp"),
+    "bottle": ("bottle",),
+    "bag": ("bag", "hand bag"),
+    "dumbbell": ("dumbbell", "barbell"),
+    "pillow": ("pillow", "cushion"),
+    "cabinet": ("cabinet", "cupboard"),
+}
+"""The usual word first."""
+
+MENTIONED = {
+    "color": 0.85,
+    "material": 0.45,
+    "shape": 0.75,
+    "legs": 0.7,
+    "arms": 0.5,
+    "front": 0.7,
+    "extra": 0.65,
+    "back": 0.92,
+    "beneath": 0.92,
+    "inside": 0.92,
+    "ends": 0.92,
+}
+"""How often a reference speaks of a trait that its photos show."""
+
+USUAL = 0.7
+"""How often the usual wording is chosen where there are several."""
+
+HEAD = ("color", "material", "shape")
+"""Traits that stand before the noun, in the order in which they stand there."""
+PARTS = ("legs", "arms", "front", "extra", "back", "beneath", "inside", "ends")
+"""Traits that follow the noun, in the order in which they are spoken of."""
+
+
+def choose(generator: random.Random | None, options: Sequence[str]) -> str:
+    """The usual wording, which stands first, or now and then another; without a generator always the usual."""
+    if generator is None or len(options) == 1 or generator.random() < USUAL:
+        return options[0]
+    return generator.choice(options[1:])
+
+
+def part_phrases(trait: str, value: str) -> tuple[str, ...]:
+    """How a part is spoken of after "with", the usual way first; nothing where there is nothing to say."""
+    if value == "none" or (trait == "front" and value == "plain"):
+        return ()
+    if trait == "legs":
+        if not value.endswith("legs"):
+            return (f"a {value}",)
+        number, kind, _ = value.split()
+        return (value, f"{number} {kind} standing legs", f"{number} small {kind} legs")
+    if trait == "arms":
+        return (value, f"{value} on each side")
+    if trait == "extra":
+        return (value,) if value.split()[0] in ("one", "two") or value.endswith("grip") else (f"a {value}",)
+    if trait == "ends":
+        return (f"{value} ends", f"{value} pattern on each end")
+    if trait in ("front", "back"):
+        return (f"a {value} {trait}", f"a {value} pattern on the {trait}")
+    place = {"beneath": ("underside", "bottom"), "inside": ("lining", "inside")}[trait]
+    return tuple(f"{article(value)} {value} {word}" for word in place)
+
+
+def article(word: str) -> str:
+    """A or an."""
+    return "an" if word[0] in "aeio" and not word.startswith("one") else "a"
+
+
+def list_up(items: Sequence[str]) -> str:
+    """a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def name_of(product: Product, traits: Collection[str], generator: random.Random | None) -> str:
+    """The product by its noun and the adjectives among `traits`: "a red leather two seater sofa"."""
+    words = [product.traits[trait] for trait in HEAD if trait in traits and trait in product.traits]
+    noun = choose(generator, NOUNS[product.family])
+    if "seater" in noun and any("seater" in word for word in words):
+        noun = NOUNS[product.family][0]
+    text = " ".join([*words, noun])
+    return f"{article(text)} {text}"
+
+
+def reference(product: Product, seen: Collection[str], generator: random.Random) -> str:
+    """What one annotator writes of a product of which the traits `seen` can be seen."""
+    traits = {trait for trait in MENTIONED if trait in product.traits and trait in seen}
+    spoken = {trait for trait in sorted(traits) if generator.random() < MENTIONED[trait]}
+    if generator.random() < 0.08:  # somebody in a hurry
+        return f"{name_of(product, spoken, generator)}."
+    return compose(product, spoken, generator)
+
+
+def usual_reference(product: Product, seen: Collection[str]) -> str:
+    """The most common wording, of all that is commonly spoken of among the traits `seen`."""
+    return compose(product, {trait for trait in product.traits if trait in seen and MENTIONED[trait] > 0.5}, None)
+
+
+def compose(product: Product, spoken: Collection[str], generator: random.Random | None) -> str:
+    """A catalogue sentence about the traits `spoken`."""
+    phrases = [
+        choose(generator, options)
+        for trait in PARTS
+        if trait in spoken and (options := part_phrases(trait, product.traits[trait]))
+    ]
+    if not phrases:
+        return f"{name_of(product, spoken, generator)}."
+    manner = choose(generator, ("with", "having", "it has", "and having"))
+    if manner == "it has":
+        return f"{name_of(product, spoken, generator)}. it has {list_up(phrases)}."
+    if manner == "and having" and len(phrases) > 1:
+        return f"{name_of(product, spoken, generator)} with {list_up(phrases[:-1])} and having {phrases[-1]}."
+    return f"{name_of(product, spoken, generator)} {manner.split()[-1]} {list_up(phrases)}."
+
+
+VIEW_PHRASES = {
+    "front": ("seen from the front", "from the front"),
+    "back": ("seen from behind", "from behind"),
+    "side": ("seen from the side", "from the side"),
+    "top": ("seen from above", "from above"),
+    "beneath": ("seen from below", "from below"),
+    "inside": ("seen from above and open", "open"),
+}
+
+PLACES = {"back": "back", "front": "front", "beneath": "underside", "inside": "lining", "ends": "ends"}
+
+
+def picture_description(product: Product, view: str, seen: Collection[str], generator: random.Random) -> str:
+    """What a single picture shows: the product, from where, and its parts one by one."""
+    adjectives = {trait for trait in HEAD if trait in seen and generator.random() < 0.85}
+    begin = f"{name_of(product, adjectives, generator)} {choose(generator, VIEW_PHRASES[view])}."
+    rest = []
+    for trait in sorted(trait for trait in seen if trait in PARTS and trait in product.traits):
+        value = product.traits[trait]
+        often = 1.0 if trait in HIDDEN_TRAITS else 0.7
+        if value == "none" or generator.random() > often:
+            continue
+        if trait in PLACES:
+            rest.append(f"its {PLACES[trait]} {'are' if trait == 'ends' else 'is'} {value}")
+        else:
+            rest.append(f"it has {part_phrases(trait, value)[0]}")
+    generator.shuffle(rest)
+    return " ".join([begin, *(f"{text}." for text in rest)])
+
+
+def said(caption: str, trait: str, values: Collection[str]) -> str | None:
+    """Which value of a trait a caption speaks of, if any: the reading that accuracies of traits rest on.
+
+    Args:
+        caption: In either manner.
+        trait: One of `HEAD` or `PARTS`.
+        values: All that the trait may be.
+    """
+    text = " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
+    head = re.split(r" (?:with|having|seen|from|\.)(?: |$)", text)[0]
+    for value in sorted(values, key=len, reverse=True):
+        if trait in HEAD:
+            readings: tuple[str, ...] = (value,)
+        else:
+            readings = part_phrases(trait, value)
+            if trait in PLACES:
+                readings += (f"its {PLACES[trait]} is {value}", f"its {PLACES[trait]} are {value}")
+        if any(f" {reading} " in f" {head if trait in HEAD else text} " for reading in readings):
+            return value
+    return None
