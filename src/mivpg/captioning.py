@@ -121,7 +121,7 @@ def caption_samples(
     Yields:
         Bag id and caption, or what is wrong with the bag.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     opened = _read_ahead(BagDataset(samples, prompt=prompt), start, batch_size)
     # disable=None: no bar where the output is not a terminal
     with closing(opened), tqdm(total=len(samples), initial=start, unit="bag", disable=None) as progress:
@@ -133,7 +133,7 @@ def caption_samples(
                 progress.update()
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise MivpgError(f"batch_size is {batch_size}, expected at least 1.")
 
@@ -205,7 +205,7 @@ def caption_file(
         MivpgError: `out` exists, or its partial file belongs to other samples or was written otherwise.
         BagError: A bag cannot be read and `strict` is set.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if out.exists():
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
     partial = out.with_name(out.name + ".partial")
@@ -262,7 +262,7 @@ def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: Gen
 
 def _check_author(partial: Path, author_file: Path, author: dict[str, Any]) -> None:
     """Raises where going on with a partial file would mix captions of two kinds in it."""
-    begun = _record(author_file.read_bytes()) if author_file.exists() else {}
+    begun = read_record(author_file.read_bytes()) if author_file.exists() else {}
     for name, value in author.items():
         if begun.get(name) != value:
             raise MivpgError(
@@ -286,7 +286,7 @@ def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: b
     failed = []
     for number, line in enumerate(lines, start=1):
         expected = f"bag {samples[number - 1].id!r}" if number <= len(samples) else "no more bags"
-        record = _record(line)
+        record = read_record(line)
         if number > len(samples) or record.get("id") != samples[number - 1].id:
             raise MivpgError(
                 f"{partial}, line {number}: found {line[:60].decode(errors='replace')!r}, expected {expected}; it is "
@@ -299,7 +299,7 @@ def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: b
     return num_kept, sum(failed[:num_kept])
 
 
-def _record(line: bytes) -> dict[str, Any]:
+def read_record(line: bytes) -> dict[str, Any]:
     """The object on a line, empty if there is none."""
     try:
         record = json.loads(line)

@@ -26,8 +26,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mivpg.bags import Sample, _check_record, _naming
-from mivpg.captioning import NUM_READERS, _check_batch_size, _record
+from mivpg.bags import Sample, check_record, naming
+from mivpg.captioning import NUM_READERS, check_batch_size, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
@@ -67,7 +67,7 @@ def extract_features(
         MivpgError: There is no vision model, or the store was made otherwise: by another vision model, with other
             settings of the image processor, in another dtype, or of images or coordinates that have changed since.
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     if dtype not in DTYPES:
         raise MivpgError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}.")
     if model.vision_model is None or processor.image_processor is None:
@@ -121,8 +121,8 @@ def _distinct(samples: Sequence[Sample]) -> list[Sample]:
     """
     bags: dict[str, Sample] = {}
     for sample in samples:
-        with _naming(sample):
-            _check_record(sample)
+        with naming(sample):
+            check_record(sample)
             if sample.features is not None:
                 raise BagError(f"features already ({sample.features}), expected images to make them of.")
             first = bags.setdefault(sample.id, sample)
@@ -166,7 +166,7 @@ def _open_batches(
 
 
 def _open(processor: MivpgProcessor, bag: Sample, path: Path) -> _OpenedImage:
-    with _naming(bag):
+    with naming(bag):
         return _OpenedImage(bag=bag, pixel_values=processor.pixels([path]), origin=_origin(path))
 
 
@@ -238,7 +238,7 @@ def _claim(folder: Path, maker: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write(file, json.dumps(maker, indent=2).encode())  # before the first bag, so that there is none without it
         return
-    found = _record(file.read_bytes())
+    found = read_record(file.read_bytes())
     for name in found | maker:
         if found.get(name) != maker.get(name):
             raise MivpgError(
