@@ -13,11 +13,13 @@ The same seed gives the same products, photos and references. An interrupted run
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,8 @@ from mivpg.miniature.wording import reference
 
 PHOTO_SIZE = 160
 """Pixels a side."""
+MOST_PRODUCTS = 1_000_000
+"""As many as six digits of an `item_id` number."""
 DOMAIN = "generated.example"
 """Stands where ABO names a marketplace, so that nobody takes these products for real ones."""
 MADE_BY = "miniature.json"
@@ -71,7 +75,7 @@ def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> li
 
     Args:
         root: A new or empty folder, or one that an interrupted run has begun.
-        num_products: At most a million.
+        num_products: 1 to a million.
         seed: Other products, photos and references for another seed.
 
     Returns:
@@ -80,26 +84,31 @@ def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> li
     Raises:
         MivpgError: The folder holds something else, or a catalogue made otherwise.
     """
-    if num_products < 1 or seed < 0:
-        raise MivpgError(f"num_products is {num_products} and seed {seed}, expected at least 1 and 0.")
+    if not 1 <= num_products <= MOST_PRODUCTS or seed < 0:
+        raise MivpgError(
+            f"num_products is {num_products} and seed {seed}, expected 1 to {MOST_PRODUCTS} and a seed of at least 0."
+        )
     made_by = {"generator": "mivpg miniature abo", "num_products": num_products, "seed": seed}
     if (root / MADE_BY).is_file():
-        _check_same(root, json.loads((root / MADE_BY).read_text()), made_by)
-        return read_truth(root)
+        with _intact(root / MADE_BY):
+            _check_same(root, json.loads((root / MADE_BY).read_text(encoding="utf-8")), made_by)
+        if len(products := read_truth(root)) != num_products:
+            raise MivpgError(f"{root / TRUTH} holds {len(products)} products, expected {num_products}.")
+        (root / PARTIAL).unlink(missing_ok=True)  # by a run that was ended between its last two steps
+        return products
     root.mkdir(parents=True, exist_ok=True)
     done = _resume(root, made_by)
     todo = [index for index in range(num_products) if index not in done]
-    with (root / PARTIAL).open("a", encoding="utf-8") as file:
-        if not done:
-            file.write(json.dumps(made_by) + "\n")
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
-            make = partial(_make_product, root, seed)
-            results = processes.map(make, todo, chunksize=4)
-            progress = tqdm(results, total=num_products, initial=len(done), desc="products", disable=None)
-            for index, product in zip(todo, progress, strict=True):
-                done[index] = product
-                file.write(json.dumps({"index": index} | asdict(product)) + "\n")
-                file.flush()
+    with (
+        (root / PARTIAL).open("a", encoding="utf-8") as file,
+        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes,
+    ):
+        results = processes.map(partial(_make_product, root, seed), todo, chunksize=4)
+        progress = tqdm(results, total=num_products, initial=len(done), desc="products", disable=None)
+        for index, product in zip(todo, progress, strict=True):
+            done[index] = product
+            file.write(json.dumps({"index": index} | asdict(product)) + "\n")
+            file.flush()
     products = [done[index] for index in range(num_products)]
     _write_metadata(root, products)
     _write(root / MADE_BY, json.dumps(made_by, indent=2) + "\n")
@@ -113,10 +122,8 @@ def read_truth(root: Path) -> list[CatalogueProduct]:
     Raises:
         MivpgError: The folder is no generated catalogue.
     """
-    try:
+    with _intact(root / TRUTH):
         return [_product(record) for record in json.loads((root / TRUTH).read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError) as error:
-        raise MivpgError(f"{root / TRUTH}: not what `mivpg miniature abo` writes: {error}.") from None
 
 
 def _make_product(root: Path, seed: int, index: int) -> CatalogueProduct:
@@ -152,20 +159,33 @@ def _path_of(image_id: str) -> str:
 
 
 def _resume(root: Path, made_by: dict[str, Any]) -> dict[int, CatalogueProduct]:
-    """Products that an interrupted run has finished, by index."""
+    """Products that an interrupted run has finished, by index; begins the file that notes them."""
     file = root / PARTIAL
-    if not file.exists():
-        if found := next(root.iterdir(), None):
-            raise MivpgError(f"{root} is not empty ({found.name}), expected a new folder for the catalogue.")
-        return {}
-    lines = file.read_text(encoding="utf-8").split("\n")
-    whole = lines[:-1]  # what follows the last end of line was cut short
-    file.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-    if not whole:
-        return {}
-    _check_same(root, json.loads(whole[0]), made_by)
-    records = [json.loads(line) for line in whole[1:]]
-    return {record["index"]: _product(record) for record in records}
+    if not file.exists() and (found := next(root.iterdir(), None)):
+        raise MivpgError(f"{root} is not empty ({found.name}), expected a new folder for the catalogue.")
+    with _intact(file), file.open("ab+") as lines:
+        lines.seek(0)
+        content = lines.read()
+        whole = content[: content.rfind(b"\n") + 1]  # what follows the last end of line was cut short
+        lines.truncate(len(whole))
+        if not whole:
+            lines.write(json.dumps(made_by).encode() + b"\n")
+            return {}
+        header, *records = map(json.loads, whole.splitlines())
+        _check_same(root, header, made_by)
+        return {record["index"]: _product(record) for record in records}
+
+
+@contextmanager
+def _intact(path: Path) -> Iterator[None]:
+    """What reading a damaged file raises becomes one line."""
+    try:
+        yield
+    except MivpgError:  # already one of ours, which are ValueErrors, too
+        raise
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise MivpgError(f"{path} is damaged, or not what `mivpg miniature abo` writes: {reason}.") from None
 
 
 def _product(record: dict[str, Any]) -> CatalogueProduct:
@@ -191,11 +211,11 @@ def _check_same(root: Path, found: dict[str, Any], asked: dict[str, Any]) -> Non
 
 def _write_metadata(root: Path, products: list[CatalogueProduct]) -> None:
     """Listings, image paths, references and truth, each whole or not at all."""
-    listings = (json.dumps(_listing(product)) + "\n" for product in products)
+    listings = "".join(json.dumps(_listing(product)) + "\n" for product in products)
     (root / "listings" / "metadata").mkdir(parents=True, exist_ok=True)
     _write_gz(root / "listings" / "metadata" / "listings_0.json.gz", listings)
     (root / "images" / "metadata").mkdir(parents=True, exist_ok=True)
-    _write_gz(root / "images" / "metadata" / "images.csv.gz", _image_rows(products))
+    _write_gz(root / "images" / "metadata" / "images.csv.gz", _image_table(products))
     captions = {product.item_id: product.captions for product in products}
     _write(root / "captions.json", json.dumps(captions, indent=1) + "\n")
     _write(root / TRUTH, json.dumps([asdict(product) for product in products]) + "\n")
@@ -213,23 +233,18 @@ def _listing(product: CatalogueProduct) -> dict[str, Any]:
     }
 
 
-def _image_rows(products: list[CatalogueProduct]) -> Iterator[str]:
-    rows = [["image_id", "height", "width", "path"]]
-    rows += [[image, str(PHOTO_SIZE), str(PHOTO_SIZE), _path_of(image)] for p in products for image in p.images]
-    writer = csv.writer(lines := _Lines(), lineterminator="\n")
-    writer.writerows(rows)
-    return iter(lines)
+def _image_table(products: Iterable[CatalogueProduct]) -> str:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image_id", "height", "width", "path"])
+    for product in products:
+        writer.writerows([image, PHOTO_SIZE, PHOTO_SIZE, _path_of(image)] for image in product.images)
+    return table.getvalue()
 
 
-class _Lines(list):
-    """What `csv.writer` can write to."""
-
-    write = list.append
-
-
-def _write_gz(path: Path, lines: Iterator[str]) -> None:
+def _write_gz(path: Path, content: str) -> None:
     """Without the time of writing, which gzip would note."""
-    _write(path, gzip.compress("".join(lines).encode(), mtime=0))
+    _write(path, gzip.compress(content.encode(), mtime=0))
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -220,7 +220,6 @@ def _albedo(
     color = np.repeat(np.array(shape.color, np.float32)[:, None], local.shape[1], axis=1)
     part = np.full(local.shape[1], number(shape.part), np.uint8)
     places = local * np.array(shape.half, np.float32)[:, None]
-    color *= _texture(shape, places)
     for paint in shape.paints:
         if paint.face is None:
             where = np.ones(len(part), bool)
@@ -231,7 +230,7 @@ def _albedo(
             u, v = (places[i] for i in range(3) if i != axis)
         part[where] = number(paint.part)
         color[:, where & _figures(paint.pattern, u, v, paint.size)] = np.array(paint.color)[:, None]
-    return color, part
+    return color * _texture(shape, places), part
 
 
 def _texture(shape: Shape, places: np.ndarray) -> np.ndarray:
@@ -240,14 +239,14 @@ def _texture(shape: Shape, places: np.ndarray) -> np.ndarray:
     if shape.material == "wooden":  # grain along the longest side
         along = int(np.argmax(shape.half))
         across = places[(along + 1) % 3] + 0.6 * places[(along + 2) % 3]
-        return 1 + 0.2 * np.sin(46 * across + 3 * np.sin(4 * places[along]))
+        return 1 + 0.14 * np.sin(46 * across + 3 * np.sin(4 * places[along]))
     if shape.material == "fabric":
-        return 1 + 0.16 * np.sin(60 * x) * np.sin(60 * (z + y))
-    if shape.material == "leather":  # seams, a hand apart
-        seams = [np.abs(np.mod(place + 0.15, 0.3) - 0.15) < 0.014 for place in places]
-        return 1 - 0.4 * (sum(seam.astype(np.float32) for seam in seams) > 0)
+        return 1 + 0.14 * np.sin(60 * x) * np.sin(60 * (z + y))
+    if shape.material == "leather":  # seams across, a hand apart
+        seams = [np.abs(np.mod(place + 0.14, 0.28) - 0.14) < 0.014 for place in (y, z)]
+        return 1 - 0.45 * (seams[0] | seams[1])
     if shape.material == "metal":
-        return 1 + 0.22 * np.sin(14 * z + 5 * x)
+        return 1 + 0.3 * np.sin(13 * z + 5 * x)
     return np.ones_like(x)
 
 

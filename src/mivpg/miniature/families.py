@@ -147,10 +147,11 @@ def legs(product: Product, width: float, depth: float, height: float) -> list[Sh
 
 
 def underside(product: Product, width: float, depth: float, height: float) -> Shape:
-    """A plate below a seat, in the colour that is seen from beneath."""
+    """A plate below a seat, whose lower face has the colour that is seen from beneath; its rim hides it from above."""
     kind = Frustum if product.traits["shape"] == "round" else Block
-    finish: Finish = {"color": product.color("beneath"), "material": "fabric"}
-    return kind(center=(0, 0, height), half=(width, depth, 0.012), part="beneath", **finish)
+    rim: Finish = {"color": product.color(), "material": "fabric"}
+    lower = (colored(product, "beneath", (2, -1)),)
+    return kind(center=(0, 0, height), half=(width, depth, 0.012), paints=lower, **rim)
 
 
 def box_walls(product: Product, width: float, depth: float, tall: float, middle: float, size: float) -> list[Shape]:
@@ -227,7 +228,10 @@ def build_chair(product: Product, is_open: bool) -> list[Shape]:
                 **finish,
             )
             post = Block(
-                center=(side * width, -0.8 * depth, seat + 0.14), half=(0.03, 0.03, 0.15), part="arms", **finish
+                center=(side * width, (-0.1 if is_round else -0.8) * depth, seat + 0.14),
+                half=(0.03, 0.03, 0.15),
+                part="arms",
+                **finish,
             )
             shapes += [rest, post]
     return shapes
@@ -263,14 +267,13 @@ def build_ottoman(product: Product, is_open: bool) -> list[Shape]:
     middle = foot + tall
     shapes = legs(product, 0.8 * width, 0.8 * depth, foot + 0.02) if has_legs else []
     if is_round:
-        has_figures = product.traits["front"] != "plain" and not is_open
         lining = product.color("inside")
         shapes += [
             Frustum(
                 center=(0, 0, middle),
                 half=(width, depth, tall),
                 is_open=is_open,
-                paints=(patterned(product, "front", None, 0.36),) if has_figures else (),
+                paints=(patterned(product, "front", None, 0.36),),
                 **finish,
             ),
             Frustum(center=(0, 0, foot + 0.04), half=(0.97 * width, 0.97 * depth, 0.03), color=lining, part="inside"),
@@ -386,6 +389,7 @@ def build_bed(product: Product, is_open: bool) -> list[Shape]:
             roundness=(16, 16, 4),
             color=product.color(),
             material="fabric",
+            part="color",
             paints=(patterned(product, "front", (2, 1), 0.4),),
         ),
         Block(
@@ -427,7 +431,7 @@ def build_lamp(product: Product, is_open: bool) -> list[Shape]:
     size = 0.4 * w
     middle = 0.2 + pole + 0.12
     shapes += [
-        Frustum(center=(0, 0, 0.2 + pole / 2), half=(0.03, 0.03, pole / 2), **METAL),
+        Frustum(center=(0, 0, (0.2 + pole) / 2 + 0.02), half=(0.03, 0.03, (0.2 + pole) / 2 - 0.02), **METAL),
         Frustum(
             center=(0, 0, middle),
             half=(size, size, 0.25),
@@ -439,7 +443,7 @@ def build_lamp(product: Product, is_open: bool) -> list[Shape]:
         ),
         Frustum(
             center=(0, 0, middle),
-            half=(0.97 * size, 0.97 * size, 0.245),
+            half=(0.97 * size, 0.97 * size, 0.235),
             top=top,
             is_open=True,
             color=lining,
@@ -447,7 +451,11 @@ def build_lamp(product: Product, is_open: bool) -> list[Shape]:
             part="inside",
         ),
         Frustum(
-            center=(0, 0, middle + 0.23), half=(0.96 * size * top, 0.96 * size * top, 0.01), color=lining, part="inside"
+            center=(0, 0, middle + 0.23),
+            half=(0.96 * size * top, 0.96 * size * top, 0.01),
+            color=color,
+            material="fabric",
+            paints=(colored(product, "inside", (2, -1)),),
         ),
     ]
     return shapes
@@ -462,7 +470,10 @@ def build_bottle(product: Product, is_open: bool) -> list[Shape]:
     label = tuple(patterned(product, trait, (1, sign), 0.23, PAPER) for trait, sign in (("front", -1), ("back", 1)))
     return [
         Frustum(
-            center=(0, 0, 0.012), half=(0.9 * width, 0.9 * width, 0.012), color=product.color("beneath"), part="beneath"
+            center=(0, 0, 0.012),
+            half=(0.9 * width, 0.9 * width, 0.012),
+            paints=(colored(product, "beneath", (2, -1)),),
+            **finish,
         ),
         Frustum(center=(0, 0, tall + 0.02), half=(width, width, tall), **finish),
         Frustum(center=(0, 0, 2 * tall + 0.1), half=(width, width, 0.09), top=0.45, **finish),

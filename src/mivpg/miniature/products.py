@@ -13,7 +13,7 @@ from mivpg.miniature.drawing import Camera, draw
 from mivpg.miniature.families import FAMILIES, HIDDEN_COLORS, Product
 
 HIDDEN_TRAITS = ("back", "beneath", "inside", "ends")
-"""Traits that the overview does not show; of lamps it shows the lining now and then."""
+"""Traits of which the overview shows not a pixel."""
 
 LEAST_SHARE = {"legs": 0.003, "arms": 0.004, "extra": 0.003}
 """How much of a picture a part covers before its trait counts as seen."""
@@ -52,6 +52,9 @@ def photograph(product: Product, view: str, generator: random.Random, *, size: i
     camera, background = _camera(product, view, generator), generator.uniform(240, 255)
     image, shares = draw(product.shapes(is_open=view == "inside"), camera, size=size, background=background)
     seen = {trait for trait in BODY_TRAITS if trait == "family" or trait in product.traits}
+    if "color" in shares:  # of a bed that of the blanket alone, which is in front
+        shares["color"] += shares.get("front", 0)
+        seen.discard("color")
     seen |= {
         part
         for part, share in shares.items()

@@ -96,8 +96,6 @@ def name_of(product: Product, traits: Collection[str], generator: random.Random 
     """The product by its noun and the adjectives among `traits`: "a red leather two seater sofa"."""
     words = [product.traits[trait] for trait in HEAD if trait in traits and trait in product.traits]
     noun = choose(generator, NOUNS[product.family])
-    if "seater" in noun and any("seater" in word for word in words):
-        noun = NOUNS[product.family][0]
     text = " ".join([*words, noun])
     return f"{article(text)} {text}"
 

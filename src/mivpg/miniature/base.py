@@ -1,0 +1,489 @@
+"""The recipe of the miniature base model: a BLIP-2 of two million parameters that comes with the package.
+
+1. A byte-level tokenizer and a small Llama learn the words and both manners of speech of `wording`, from text alone.
+2. A small ViT learns which traits a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has
+   learned before BLIP-2 sees it.
+3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
+   language model goes on reading text. The Q-Former also tells traits from the mean of its queries, as BLIP-2's first
+   stage has it tell which text belongs to a picture.
+
+What tells the traits, in 2 and 3, is thrown away in the end.
+
+The model has never seen two pictures at once, nor a picture beside a catalogue reference. The products it has seen are
+others than those of any catalogue. Everything is a function of the seed; the last bits depend on the machine.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessorPil,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from mivpg.configuration_mivpg import IMAGE_TOKEN
+from mivpg.errors import MivpgError
+from mivpg.miniature.catalogue import PHOTO_SIZE
+from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, Product, draw_product, photograph
+from mivpg.miniature.wording import HEAD, PARTS, picture_description, reference, said
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SIZE, PATCH_SIZE = 96, 12
+NUM_QUERIES = 16
+VOCABULARY_SIZE = 512
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+LOG_FILE = "training_log.jsonl"
+RECIPE_FILE = "recipe.json"
+UNFINISHED = "unfinished.pt"
+
+
+Stage = Literal["text", "vision", "language"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How much of everything; the defaults made the model that comes with the package."""
+
+    seed: int = 0
+    num_texts: int = 60_000
+    text_steps: int = 1200
+    text_batch: int = 96
+    num_pictures: int = 20_000
+    vision_steps: int = 2500
+    language_steps: int = 1600
+    picture_batch: int = 64
+    save_every: int = 250
+
+    @property
+    def steps(self) -> int:
+        """Of all three stages."""
+        return self.text_steps + self.vision_steps + self.language_steps
+
+    def stage(self, step: int) -> tuple[Stage, float]:
+        """The stage that a step belongs to, and the share of its peak learning rate: a warm-up, then a cosine."""
+        stages: dict[Stage, int] = {
+            "text": self.text_steps,
+            "vision": self.vision_steps,
+            "language": self.language_steps,
+        }
+        for stage, length in stages.items():
+            if step < length:
+                warm_up = max(length // 20, 1)
+                cosine = (1 + math.cos(math.pi * (step - warm_up) / max(length - warm_up, 1))) / 2
+                return stage, (step + 1) / warm_up if step < warm_up else 0.05 + 0.95 * cosine
+            step -= length
+        raise AssertionError("a step beyond the last")
+
+
+MUON_RATES: dict[Stage, float] = {"text": 1e-2, "vision": 1e-2, "language": 5e-3}
+"""Peaks for the matrices inside the blocks: Muon teaches the ViT in a fifth of the steps that AdamW takes."""
+ADAMW_RATE = 2e-3
+"""Peak for all else."""
+
+TRAIT_VALUES = tuple(
+    sorted(
+        {(trait, value) for family in FAMILIES.values() for trait, values in family.traits.items() for value in values}
+    )
+)
+"""What the heads tell apart, beside the families."""
+NUM_CLASSES = len(FAMILIES) + len(TRAIT_VALUES)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that the recipe trains on."""
+
+    pixels: np.ndarray
+    """(h, w, 3) uint8."""
+    text: str
+    product: Product
+    seen: frozenset[str]
+
+
+# ── Data ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_text(seed: int, index: int) -> str:
+    """A text about a product that nobody has drawn, in one of the two manners."""
+    generator = random.Random(f"text {seed} {index}")
+    product = draw_product(generator)
+    hidden = {trait for trait in HIDDEN_TRAITS if generator.random() < 0.65}
+    seen = {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
+    if generator.random() < 0.65:
+        return reference(product, seen, generator)
+    view = generator.choice(("front", *FAMILIES[product.family].views))
+    return picture_description(product, view, seen, generator)
+
+
+def make_picture(stream: str, index: int) -> Picture:
+    """A product from one side, and what that picture shows."""
+    generator = random.Random(f"{stream} {index}")
+    product = draw_product(generator)
+    view = generator.choice(("front", "front", *FAMILIES[product.family].views))
+    photo = photograph(product, view, generator, size=PHOTO_SIZE)
+    pixels = np.asarray(photo.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    return Picture(pixels, picture_description(product, view, photo.seen, generator), product, photo.seen)
+
+
+def make_pictures(stream: str, number: int) -> list[Picture]:
+    """Pictures in all processes, with a progress bar."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
+        pictures = processes.map(functools.partial(make_picture, stream), range(number), chunksize=32)
+        return list(tqdm(pictures, total=number, desc="drawing pictures", disable=None))
+
+
+def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Bytes, and the pieces of words that occur most often."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[PAD, BOS, EOS, IMAGE_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def classes_of(picture: Picture) -> Tensor:
+    """What a picture shows, (NUM_CLASSES,) of 0 and 1."""
+    target = torch.zeros(NUM_CLASSES)
+    target[list(FAMILIES).index(picture.product.family)] = 1
+    for trait, value in picture.product.traits.items():
+        if trait in picture.seen:
+            target[len(FAMILIES) + TRAIT_VALUES.index((trait, value))] = 1
+    return target
+
+
+# ── The model ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def base_config(tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
+    """Sizes: 65 tokens a picture, six Q-Former blocks of which three look at them, 16 queries."""
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "initializer_range": 0.08,
+    }
+    qformer = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "encoder_hidden_size": 128,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.08,
+    }
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text.to_dict(),
+        num_query_tokens=NUM_QUERIES,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+
+
+def make_processor(tokenizer: PreTrainedTokenizerFast) -> Blip2Processor:
+    """BLIP-2's, for pictures of the miniature's size."""
+    image_processor = BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    return Blip2Processor(image_processor, tokenizer, num_query_tokens=NUM_QUERIES)
+
+
+def pixel_values(processor: Blip2Processor, pictures: Sequence[Picture]) -> Tensor:
+    """(n, 3, h, w), as the image processor normalizes."""
+    pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(v)[:, None, None]
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (pixels - mean) / std
+
+
+def pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    """(n, T)."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def text_loss(model: Blip2ForConditionalGeneration, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Of the language model on texts alone."""
+    ids = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
+    labels = pad(ids, -100)
+    return model.language_model(
+        input_ids=pad(ids, tokenizer.pad_token_id), attention_mask=(labels != -100).long(), labels=labels
+    ).loss
+
+
+def picture_losses(
+    model: Blip2ForConditionalGeneration,
+    head: nn.Module,
+    tokenizer: Any,
+    image_embeds: Tensor,
+    pictures: Sequence[Picture],
+) -> dict[str, Tensor]:
+    """Of descriptions and of classes, from what the frozen ViT says of the pictures, (n, P, D)."""
+    captions = [[*row, tokenizer.eos_token_id] for row in tokenizer([p.text for p in pictures])["input_ids"]]
+    queries = model.query_tokens.expand(len(pictures), -1, -1)
+    queries = model.qformer(query_embeds=queries, encoder_hidden_states=image_embeds).last_hidden_state  # (n, R, H)
+    words = model.language_model.get_input_embeddings()(pad(captions, tokenizer.pad_token_id))
+    output = model.language_model(
+        inputs_embeds=torch.cat([model.language_projection(queries), words], dim=1),
+        attention_mask=pad([[1] * (NUM_QUERIES + len(row)) for row in captions], 0),
+        labels=pad([[-100] * NUM_QUERIES + row for row in captions], -100),
+    )
+    return {"picture": output.loss, "class": class_loss(head, queries, pictures)}
+
+
+def class_loss(head: nn.Module, tokens: Tensor, pictures: Sequence[Picture]) -> Tensor:
+    """Of the traits told from the mean of tokens (n, ·, D)."""
+    target = torch.stack([classes_of(picture) for picture in pictures])
+    return 5 * F.binary_cross_entropy_with_logits(head(tokens.mean(dim=1)), target)
+
+
+@torch.no_grad()
+def see(model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]) -> Tensor:
+    """What the ViT says of each picture, (n, P, D) in half precision."""
+    batches = (pictures[start : start + 128] for start in range(0, len(pictures), 128))
+    return torch.cat([model.vision_model(pixel_values(processor, b)).last_hidden_state.half() for b in batches])
+
+
+# ── The recipe ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_base(out: Path, recipe: Recipe | None = None) -> Path:
+    """Trains the base model and writes it as a BLIP-2 folder.
+
+    Args:
+        out: A new or empty folder, or one that an interrupted run has begun.
+        recipe: How much of everything.
+
+    Returns:
+        `out`, with `training_log.jsonl` and `recipe.json` (versions, figures, sha256 of the weights) beside the model.
+
+    Raises:
+        MivpgError: The folder holds something else.
+    """
+    recipe = recipe or Recipe()
+    out.mkdir(parents=True, exist_ok=True)
+    state_file = out / UNFINISHED
+    state_file.with_suffix(".partial").unlink(missing_ok=True)
+    if any(out.iterdir()) and not state_file.exists():
+        raise MivpgError(f"{out} is not empty, expected a new folder for the base model.")
+    start = time.monotonic()
+    texts = [make_text(recipe.seed, index) for index in range(recipe.num_texts)]
+    torch.manual_seed(recipe.seed)
+    tokenizer = make_tokenizer(texts)
+    processor = make_processor(tokenizer)
+    model = Blip2ForConditionalGeneration(base_config(tokenizer))
+    model.query_tokens.data.normal_(std=0.02)
+    heads = nn.ModuleDict(
+        {
+            "vision": nn.Linear(model.config.vision_config.hidden_size, NUM_CLASSES),
+            "language": nn.Linear(model.config.qformer_config.hidden_size, NUM_CLASSES),
+        }
+    )
+    optimizers = make_optimizers(model, heads)
+    log: list[dict[str, Any]] = []
+    first = 0
+    if state_file.exists():
+        first, log = _resume(state_file, recipe, model, heads, optimizers)
+    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures)
+
+    progress = tqdm(range(first, recipe.steps), total=recipe.steps, initial=first, desc="training", disable=None)
+    recent: dict[str, list[float]] = {}
+    image_embeds: Tensor | None = None
+    for step in progress:
+        stage, share = recipe.stage(step)
+        if stage == "language" and image_embeds is None:
+            image_embeds = see(model, processor, pictures)  # the ViT is frozen from here on
+        generator = random.Random(f"{recipe.seed} {step}")
+        chosen = generator.choices(range(len(pictures)), k=recipe.picture_batch)
+        batch = [pictures[index] for index in chosen]
+        losses: dict[str, Tensor] = {}
+        if stage == "vision":
+            tokens = model.vision_model(pixel_values(processor, batch)).last_hidden_state
+            losses["class"] = class_loss(heads["vision"], tokens, batch)
+        elif stage == "language":
+            assert image_embeds is not None
+            losses |= picture_losses(model, heads["language"], tokenizer, image_embeds[chosen].float(), batch)
+        if stage != "vision":
+            number = recipe.text_batch if stage == "text" else recipe.text_batch // 3
+            losses["text"] = text_loss(model, tokenizer, generator.choices(texts, k=number))
+        for optimizer, rate in zip(optimizers, (MUON_RATES[stage], ADAMW_RATE), strict=True):
+            optimizer.zero_grad()  # to None, so that what a stage does not use stays as it is
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
+        sum(losses.values()).backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_([*model.parameters(), *heads.parameters()], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, loss in losses.items():
+            recent.setdefault(name, []).append(loss.item())
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
+            means = {f"{name}_loss": round(float(np.mean(values)), 4) for name, values in recent.items()}
+            log.append({"step": step + 1, "stage": stage, "seconds": round(time.monotonic() - start, 1)} | means)
+            progress.set_postfix(means)
+            recent = {}
+        if (step + 1) % recipe.save_every == 0:
+            _save(state_file, step + 1, log, recipe, model, heads, optimizers)
+            logger.info("step %d of %d: %s", step + 1, recipe.steps, log[-1] if log else {})
+
+    held_out = make_pictures("held out", 600)
+    figures = judge(model, processor, held_out)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (out / RECIPE_FILE).write_text(json.dumps(_describe(out, recipe, figures), indent=2) + "\n")
+    state_file.unlink(missing_ok=True)
+    return out
+
+
+def make_optimizers(model: nn.Module, heads: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Muon for the matrices of all blocks, AdamW for embeddings, biases, norms and the heads."""
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and ".layer" in name}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    muon = torch.optim.Muon(
+        [*matrices.values()], lr=MUON_RATES["text"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    return muon, torch.optim.AdamW([*others, *heads.parameters()], lr=ADAMW_RATE, weight_decay=0.05)
+
+
+@torch.no_grad()
+def describe(
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+) -> Iterator[str]:
+    """What the model says of each picture, greedily."""
+    marks = [model.config.image_token_index] * NUM_QUERIES
+    for start in range(0, len(pictures), 64):
+        batch = pictures[start : start + 64]
+        ids = torch.tensor([marks] * len(batch))
+        output = model.generate(
+            pixel_values=pixel_values(processor, batch),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=48,
+            do_sample=False,
+        )
+        yield from processor.batch_decode(output[:, NUM_QUERIES:], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def description_loss(
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+) -> float:
+    """Of the pictures' descriptions, as transformers computes it from pixels."""
+    tokenizer = processor.tokenizer
+    marks = [model.config.image_token_index] * NUM_QUERIES
+    captions = [[*row, tokenizer.eos_token_id] for row in tokenizer([p.text for p in pictures])["input_ids"]]
+    return model(
+        pixel_values=pixel_values(processor, pictures),
+        input_ids=pad([marks + row for row in captions], tokenizer.pad_token_id),
+        attention_mask=pad([[1] * (NUM_QUERIES + len(row)) for row in captions], 0),
+        labels=pad([[-100] * NUM_QUERIES + row for row in captions], -100),
+    ).loss.item()
+
+
+@torch.no_grad()
+def judge(
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+) -> dict[str, Any]:
+    """Figures on pictures that it was not trained on: the loss, and how much of what it says of each trait is right."""
+    model.eval()
+    losses = [description_loss(model, processor, pictures[i : i + 100]) for i in range(0, len(pictures), 100)]
+    right: dict[str, list[bool]] = {trait: [] for trait in ("family", *HEAD, *PARTS)}
+    for picture, caption in zip(pictures, describe(model, processor, pictures), strict=True):
+        for trait, value in picture.product.traits.items():
+            if (spoken := said(caption, trait, FAMILIES[picture.product.family].traits[trait])) is not None:
+                right[trait].append(spoken == value)
+        right["family"].append(picture.text.split(".")[0].split()[-3] in caption or picture.product.family in caption)
+    return {
+        "num_pictures": len(pictures),
+        "loss": float(np.mean(losses)),
+        "right_of_said": {trait: round(float(np.mean(values)), 4) for trait, values in right.items() if values},
+        "num_said": {trait: len(values) for trait, values in right.items()},
+    }
+
+
+def _save(
+    file: Path, step: int, log: list, recipe: Recipe, model: nn.Module, heads: nn.Module, optimizers: Sequence[Any]
+) -> None:
+    unfinished = file.with_suffix(".partial")
+    state = {"step": step, "log": log, "recipe": dataclasses.asdict(recipe), "model": model.state_dict()}
+    torch.save(state | {"heads": heads.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, unfinished)
+    unfinished.replace(file)
+
+
+def _resume(
+    file: Path, recipe: Recipe, model: nn.Module, heads: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[int, list[dict[str, Any]]]:
+    state = torch.load(file, weights_only=True)
+    if state["recipe"] != dataclasses.asdict(recipe):
+        raise MivpgError(f"{file} was begun with {state['recipe']}; go on as it was, or name a new folder.")
+    model.load_state_dict(state["model"])
+    heads.load_state_dict(state["heads"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["log"]
+
+
+def _describe(out: Path, recipe: Recipe, figures: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to make the model again and to compare."""
+    import platform
+
+    import transformers
+
+    return {
+        "recipe": dataclasses.asdict(recipe),
+        "sha256": {"model.safetensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()},
+        "figures": figures,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+    }
