@@ -1,10 +1,13 @@
 # The commands themselves stand in .ci/, which needs no make; .venv is one environment for everything.
 export PYTHON ?= python3
 
-.PHONY: help install check format test test-all clean
+DEMO ?= runs/demo
+
+.PHONY: help install demo check format test test-all clean
 
 help:
 	@echo "make install   .venv with the package and its development tools"
+	@echo "make demo      the whole idea at work in minutes; the report is $(DEMO)/report.html"
 	@echo "make check     formatting, lint and types"
 	@echo "make test      the tests (under 8 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
@@ -12,6 +15,9 @@ help:
 
 install:
 	bash .ci/install
+
+demo: install
+	.venv/bin/mivpg demo --out $(DEMO)
 
 check: install
 	bash .ci/check

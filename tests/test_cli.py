@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from families import save_blip2, save_language_model, save_vision_model
 from mivpg import MivpgForConditionalGeneration, MivpgProcessor, images, score_captions, training
 from mivpg.cli import main
+from mivpg.miniature import BASE_MODEL
 from test_abo import Shop
 from test_images import png_of
 
@@ -248,6 +249,26 @@ def test_caption_prints_the_caption_of_one_bag(world):
         assert out == f"{expected}\n"
 
 
+def test_without_a_model_the_one_in_the_package_captions_and_says_what_it_is(world):
+    result = mivpg("caption", *world.photos[1:4], *FAST)
+    assert result.code == 0 and len(result.out.splitlines()) == 1
+    assert one_line(result.err) and "trained on generated pictures" in result.err
+    named = mivpg("caption", *world.photos[1:4], "--model", BASE_MODEL, *FAST)
+    assert named.out == result.out and named.err == ""
+
+
+def test_the_miniature_catalogue_is_told_in_one_line(tmp_path):
+    out = done("miniature", "abo", "--out", tmp_path / "shop", "--num-products", 3, "--seed", 5)
+    assert out.startswith(f"{tmp_path / 'shop'}: 3 generated products with ")
+    assert "num_products = 3, and 4 is asked for" in refusal(
+        tmp_path, "miniature", "abo", "--out", tmp_path / "shop", "--num-products", 4, "--seed", 5
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    assert "expected a new folder" in refusal(tmp_path, "miniature", "abo", "--out", tmp_path / "mine")
+    assert "expected a new folder" in refusal(tmp_path, "miniature-base", "--out", tmp_path / "mine")
+
+
 def test_caption_writes_the_captions_of_a_file(world, tmp_path):
     options = ("--bags", world.bags, "--model", world.blip2, *FAST)
     assert "7 bags, 0 of them could not be read" in done("caption", *options, "--out", tmp_path / "new" / "out.jsonl")
@@ -364,7 +385,6 @@ def test_a_refusal_as_a_process(tmp_path):
     ("arguments", "message"),
     [
         (["nonsense"], 'Unknown command "nonsense"'),
-        (["caption", "a.jpg"], "--model requires an argument"),
         (["caption", "--bagz", "a", "--model", "m"], "Did you mean --bags?"),
         (["caption", "a.jpg", "--model", "m", "--num-beams", "many"], 'unable to convert "many" into int'),
         (["caption", "a.jpg", "--model", "m", "--dtype", "float8"], 'Choose from: "auto"'),

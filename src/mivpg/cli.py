@@ -120,7 +120,7 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
 @app.command
 def caption(
     *images: Path,
-    model: str,
+    model: str | None = None,
     bags: Path | None = None,
     out: Path | None = None,
     prompt: str | None = None,
@@ -134,7 +134,8 @@ def caption(
 
     Args:
         images: The images of one bag; its caption is printed.
-        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
+        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
+            with the package.
         bags: Instead of images, a bag file (JSON lines or CSV).
         out: Where the captions of a bag file go, JSON lines in the order of its bags. An interrupted run goes on there.
         prompt: What the captions begin with; by default what the model was trained with.
@@ -287,6 +288,59 @@ def run_evaluation(
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")
 
 
+miniature_app = App(name="miniature", help="Generate a stand-in for one of the paper's data sets, in its own files.")
+app.command(miniature_app)
+
+
+@miniature_app.command(name="abo")
+def miniature_abo(*, out: Path, num_products: int = 1500, seed: int = 0) -> None:
+    """Draw a catalogue of furniture and small goods in the files of Amazon Berkeley Objects.
+
+    Args:
+        out: A new or empty folder, or one in which this was interrupted.
+        num_products: Each has 2 to 8 photos and 1 to 5 reference captions.
+        seed: Another seed, other products.
+    """
+    from mivpg.miniature.catalogue import make_catalogue
+
+    products = make_catalogue(out, num_products=num_products, seed=seed)
+    num_photos = sum(len(product.images) for product in products)
+    print(f"{out}: {len(products)} generated products with {num_photos} photos.")
+
+
+@app.command(name="miniature-base")
+def miniature_base(*, out: Path, seed: int = 0) -> None:
+    """Train the base model that comes with the package anew, on generated single pictures; about half an hour.
+
+    Args:
+        out: A new or empty folder, or one in which this was interrupted.
+        seed: The one in the package has seed 0.
+    """
+    from mivpg.miniature.base import Recipe, make_base
+
+    quiet_transformers()
+    print(make_base(out, Recipe(seed=seed)))
+
+
+@app.command
+def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 6) -> None:
+    """See the whole idea work: a generated catalogue, five ways to caption it, a report; in minutes, without a GPU.
+
+    Args:
+        out: A new or empty folder, or that of an interrupted demo, which then goes on.
+        seed: Draws products, split and training order.
+        num_products: Fewer are faster and say less.
+        num_train_epochs: Passes over the training products.
+    """
+    from mivpg.demo import DemoConfig, run_demo
+
+    quiet_transformers()
+    config = DemoConfig(seed=seed, num_products=num_products, num_train_epochs=num_train_epochs)
+    results = run_demo(out, config)
+    print(f"{out / 'report.html'}: open it in a browser. {out / 'results.json'}: the same for machines.")
+    print(f"Caption your own photos with what was trained: mivpg caption --model {results['model']} PHOTO …")
+
+
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -364,13 +418,25 @@ def refuse_existing(out: Path) -> None:
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
 
 
-def load(model: str, dtype: Dtype) -> "tuple[MivpgForConditionalGeneration, MivpgProcessor]":
-    """A model on the machine's device, and its processor."""
+def embedded_model() -> str:
+    """The folder of the model that comes with the package; says on standard error what it is."""
+    from mivpg.miniature import BASE_MODEL
+
+    complain(
+        "no --model given, so this is the miniature that comes with the package; it was trained on generated pictures "
+        "of furniture and small goods and knows nothing else."
+    )
+    return str(BASE_MODEL)
+
+
+def load(model: str | None, dtype: Dtype) -> "tuple[MivpgForConditionalGeneration, MivpgProcessor]":
+    """A model on the machine's device, and its processor; without a name, the one that comes with the package."""
     import torch
 
     from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 
     quiet_transformers()
+    model = embedded_model() if model is None else model
     loaded = MivpgForConditionalGeneration.from_pretrained(model, dtype=dtype)
     processor = MivpgProcessor.from_pretrained(model)
     processor.check_model(loaded.config)

@@ -19,11 +19,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +46,7 @@ from transformers import (
 from mivpg.configuration_mivpg import IMAGE_TOKEN
 from mivpg.errors import MivpgError
 from mivpg.miniature.catalogue import PHOTO_SIZE
+from mivpg.miniature.processes import in_processes
 from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, Product, draw_product, photograph
 from mivpg.miniature.wording import HEAD, PARTS, picture_description, reference, said
 
@@ -152,8 +152,7 @@ def make_picture(stream: str, index: int) -> Picture:
 
 def make_pictures(stream: str, number: int) -> list[Picture]:
     """Pictures in all processes, with a progress bar."""
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes:
-        pictures = processes.map(functools.partial(make_picture, stream), range(number), chunksize=32)
+    with closing(in_processes(functools.partial(make_picture, stream), range(number), chunksize=32)) as pictures:
         return list(tqdm(pictures, total=number, desc="drawing pictures", disable=None))
 
 

@@ -15,11 +15,9 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mivpg.errors import MivpgError
+from mivpg.miniature.processes import in_processes
 from mivpg.miniature.products import Product, choose_views, draw_product, photograph
 from mivpg.miniature.wording import reference
 
@@ -101,9 +100,8 @@ def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> li
     todo = [index for index in range(num_products) if index not in done]
     with (
         (root / PARTIAL).open("a", encoding="utf-8") as file,
-        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as processes,
+        closing(in_processes(partial(_make_product, root, seed), todo, chunksize=4)) as results,
     ):
-        results = processes.map(partial(_make_product, root, seed), todo, chunksize=4)
         progress = tqdm(results, total=num_products, initial=len(done), desc="products", disable=None)
         for index, product in zip(todo, progress, strict=True):
             done[index] = product

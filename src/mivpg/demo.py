@@ -1,0 +1,551 @@
+"""The whole idea on one machine in minutes: the arms of the paper's Table 2 on the miniature catalogue.
+
+    out/catalogue/     generated products, in the files of Amazon Berkeley Objects
+    out/features/      what the frozen vision model says of each photo, computed once for all arms
+    out/arms/          a run folder for each arm that trains; arms/mivpg/best is a model for `mivpg caption --model`
+    out/captions/      what each arm writes of the test products
+    out/results.json   scores, floors, oracles and the accuracy of each trait
+    out/report.html    the same for people
+    out/example.png    one product, the weights of its photos, and its caption
+
+Every arm has the same products, steps, schedule, hyperparameters and selection, which is by CIDEr on the validation
+products. What is there already is not done again, so an interrupted demo goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from mivpg.bags import BagCollator, BagDataset, Sample, read_features, select
+from mivpg.captioning import GenerationOptions, caption_file, read_captions
+from mivpg.datasets import DatasetConfig
+from mivpg.datasets.abo import AboConfig
+from mivpg.datasets.bag_file import BagFileConfig
+from mivpg.errors import MivpgError
+from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
+from mivpg.features import extract_features
+from mivpg.miniature import BASE_MODEL
+from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
+from mivpg.miniature.traits import (
+    hidden_accuracy,
+    most_common_values,
+    oracle_caption,
+    swap_partners,
+    trait_accuracies,
+)
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+from mivpg.processing_mivpg import MivpgProcessor
+from mivpg.report import BagExample, BarChart, Examples, Table, Text, draw_example, write_report
+from mivpg.training import BEST, LOG_FILE, ModelConfig, TrainConfig, train
+from mivpg.visualization import image_weights
+
+METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
+Photos = Literal["main", "all"]
+
+LEAST_PRODUCTS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A row of Table 2."""
+
+    name: str
+    title: str
+    photos: Photos
+    model: Mapping[str, Any]
+    """Options of `ModelConfig`."""
+    trains: bool = True
+
+
+Q_FORMER = {"patch_pooling": "none", "instance_correlation": "none"}
+ARMS = (
+    Arm(name="zero_shot", title="Zero-shot", photos="main", model=Q_FORMER, trains=False),
+    Arm(name="single_image", title="Single image", photos="main", model=Q_FORMER),
+    Arm(name="patch_concatenation", title="Patch concatenation", photos="all", model=Q_FORMER),
+    Arm(
+        name="mivpg_without_csa",
+        title="MIVPG without CSA",
+        photos="all",
+        model={"patch_pooling": "abmil", "instance_correlation": "none"},
+    ),
+    Arm(name="mivpg", title="MIVPG", photos="all", model={"patch_pooling": "abmil", "instance_correlation": "csa"}),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """How large a demo is; the defaults take under five minutes on two cores."""
+
+    seed: int = 0
+    """Draws products, split and training order."""
+    num_products: int = 1500
+    """Split 70/10/20 by the reader of Amazon Berkeley Objects."""
+    num_train_epochs: int = 6
+    """Passes over the training products, one reference each at a time."""
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.num_products < LEAST_PRODUCTS:  # fewer leave a split without products
+            raise MivpgError(f"num_products is {self.num_products}, expected at least {LEAST_PRODUCTS}.")
+
+
+def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
+    """Runs the demo, or what is left of it.
+
+    Args:
+        out: A new or empty folder, or that of an interrupted demo.
+        config: How large it is.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        MivpgError: The folder holds something else, or a demo of another config.
+    """
+    config = config or DemoConfig()
+    _claim(out, config)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "catalogue", "Drawing products and their photos"):
+        products = make_catalogue(out / "catalogue", num_products=config.num_products, seed=config.seed)
+    truth = {product.item_id: product for product in products}
+    samples = AboConfig(root=out / "catalogue", split_seed=config.seed).load()
+
+    with _timed(seconds, "features", "Running the vision model once on every photo"):
+        bags = _bag_files(out, samples, truth)
+
+    with _timed(seconds, "arms", f"Fine-tuning and captioning, {len(ARMS)} arms"):
+        _run_arms(out, config, num_train=len(select(bags["all"], "train")))
+
+    with _timed(seconds, "scores", "Scoring"):
+        test = select(bags["all"], "test")
+        train_samples = select(bags["all"], "train")
+        captions = {arm.name: read_captions(out / "captions" / f"{arm.name}.jsonl") for arm in ARMS}
+        swapped = read_captions(out / "captions" / "mivpg_swapped.jsonl")
+        results = {"seed": config.seed} | score(captions, swapped, test, train_samples, truth, config.seed)
+    results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    results["num_products"] = {split: len(select(bags["all"], split)) for split in ("train", "val", "test")}
+    results["model"] = str(out / "arms" / "mivpg" / BEST)
+    examples = choose_examples(out, captions, test, truth, config.seed)
+    write_demo_report(out / "report.html", results, examples)
+    draw_example(_readme_example(examples, truth), "MIVPG", out / "example.png")
+    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _claim(out: Path, config: DemoConfig) -> None:
+    """Makes the folder the demo's."""
+    mark = out / "demo.json"
+    asked = dataclasses.asdict(config)
+    if mark.exists():
+        if (found := json.loads(mark.read_text())) != asked:
+            raise MivpgError(f"{out} holds a demo of {found}, and {asked} is asked for; name another folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MivpgError(f"{out} is in use, expected a new or empty folder for the demo.")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(mark, json.dumps(asked, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str, what: str) -> Iterator[None]:
+    """Says what is done, and how long it took."""
+    print(f"{what} …", flush=True)
+    start = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - start
+    print(f"  {seconds[name]:.0f} s", flush=True)
+
+
+# ── Bags ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _bag_files(out: Path, samples: list[Sample], truth: Mapping[str, CatalogueProduct]) -> dict[str, list[Sample]]:
+    """Stored features of every product: all photos, the main photo alone, and of test products others' photos."""
+    model = MivpgForConditionalGeneration.from_pretrained(BASE_MODEL, instance_correlation="none")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = MivpgProcessor.from_pretrained(BASE_MODEL)
+    bags = {"all": extract_features(model, processor, samples, out / "features" / "all", dtype=torch.float16)}
+    bags["main"] = [_recombine(out / "features" / "main", sample, None) for sample in bags["all"]]
+    test = {sample.id: sample for sample in select(bags["all"], "test")}
+    partners = swap_partners([truth[bag_id] for bag_id in test])
+    bags["swapped"] = [
+        _recombine(out / "features" / "swapped", test[bag_id], test[partner]) for bag_id, partner in partners.items()
+    ]
+    for name, those in bags.items():
+        _write_bag_file(out / f"{name}.jsonl", those)
+    return bags
+
+
+def _recombine(folder: Path, sample: Sample, other: Sample | None) -> Sample:
+    """The bag of a product's main photo, with the other photos of another product or with none."""
+    assert sample.features is not None
+    file = folder / sample.features.name
+    if not file.exists():
+        rows = [read_features(sample.features)[0][:1]]
+        if other is not None and other.features is not None:
+            rows.append(read_features(other.features)[0][1:])
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".partial")
+        save_file({"image_embeds": torch.cat(rows).half()}, unfinished)
+        unfinished.replace(file)
+    return replace(sample, features=file)
+
+
+def _write_bag_file(path: Path, samples: Sequence[Sample]) -> None:
+    """A bag file, with which `mivpg train` and `mivpg evaluate` can repeat what the demo does."""
+    lines = (
+        {
+            "id": sample.id,
+            "features": os.path.relpath(sample.features or "", path.parent),
+            "captions": sample.captions,
+            "label": sample.label,
+            "split": sample.split,
+        }
+        for sample in samples
+    )
+    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+# ── Arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
+    """The run of an arm; between two arms only `model` and the photos differ."""
+    return TrainConfig(
+        model=ModelConfig(base=str(BASE_MODEL), **arm.model),
+        dataset=DatasetConfig(bag_file=BagFileConfig(path=out / f"{arm.photos}.jsonl")),
+        output_dir=out / "arms" / arm.name,
+        prompt="",
+        num_train_epochs=config.num_train_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        references="random",
+        validation=GenerationOptions(num_beams=1, max_new_tokens=48),
+        num_workers=0,
+    )
+
+
+def _run_arms(out: Path, config: DemoConfig, num_train: int) -> None:
+    """Each arm in a process of its own with one thread, as many at once as there are cores; a bar counts their steps.
+
+    Raises:
+        MivpgError: An arm failed; its log says more.
+    """
+    (out / "captions").mkdir(exist_ok=True)
+    (out / "logs").mkdir(exist_ok=True)
+    waiting = [arm for arm in reversed(ARMS) if not _is_done(out, arm)]
+    context = multiprocessing.get_context("spawn")
+    running: dict[str, Any] = {}
+    steps = config.num_train_epochs * math.ceil(num_train / config.batch_size)
+    progress = tqdm(total=steps * sum(arm.trains for arm in ARMS), unit="step", disable=None)
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                arm = waiting.pop(0)
+                process = context.Process(target=_run_arm, args=(out, config, arm), daemon=True)
+                process.start()
+                running[arm.name] = process
+            progress.update(sum(_num_steps(out, arm) for arm in ARMS) - progress.n)
+            for name, process in list(running.items()):
+                process.join(timeout=0.2)
+                if process.exitcode is None:
+                    continue
+                del running[name]
+                log = (out / "logs" / f"{name}.txt").read_text(encoding="utf-8").strip().splitlines()
+                if process.exitcode != 0:
+                    reason = log[-1] if log else f"exit code {process.exitcode}"
+                    raise MivpgError(f"{out / 'logs' / name}.txt: {reason}")
+                tqdm.write(f"  {name} is done")
+    finally:
+        progress.close()
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _num_steps(out: Path, arm: Arm) -> int:
+    """Steps that an arm has logged."""
+    log = out / "arms" / arm.name / LOG_FILE
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def _is_done(out: Path, arm: Arm) -> bool:
+    names = [arm.name, *(["mivpg_swapped"] if arm.name == "mivpg" else [])]
+    return all((out / "captions" / f"{name}.jsonl").exists() for name in names)
+
+
+def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
+    """What happens in an arm's process: training, then captions of the test products."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with (out / "logs" / f"{arm.name}.txt").open("a", encoding="utf-8") as log:
+        sys.stdout = sys.stderr = log
+        try:
+            folder: Path | str = BASE_MODEL
+            options = dict(arm.model)
+            if arm.trains:
+                folder, options = train(arm_config(out, config, arm), resume=True), {}
+            model = MivpgForConditionalGeneration.from_pretrained(folder, **options)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            processor = MivpgProcessor.from_pretrained(folder)
+            for photos in (arm.photos, *(("swapped",) if arm.name == "mivpg" else ())):
+                file = out / "captions" / f"{arm.name}{'_swapped' if photos == 'swapped' else ''}.jsonl"
+                if not file.exists():
+                    samples = select(BagFileConfig(path=out / f"{photos}.jsonl").load(), "test")
+                    generation = GenerationOptions(num_beams=1, max_new_tokens=48)
+                    caption_file(model, processor, samples, file, generation=generation, batch_size=50)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
+            raise SystemExit(1) from error
+
+
+# ── Scores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def score(
+    captions: Mapping[str, Mapping[str, str]],
+    swapped: Mapping[str, str],
+    test: Sequence[Sample],
+    train_samples: Sequence[Sample],
+    truth: Mapping[str, CatalogueProduct],
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that `results.json` says of the captions.
+
+    Args:
+        captions: Arm to captions by id.
+        swapped: MIVPG's captions of bags whose other photos are another product's.
+        test: The products captioned.
+        train_samples: Those trained on, which floors and chance draw from.
+        truth: What is true of each product.
+        seed: Of the random floor and the bootstrap.
+    """
+    guesses = most_common_values([truth[sample.id] for sample in train_samples])
+    oracles = {
+        "main_photo": {s.id: oracle_caption(truth[s.id], guesses, only_main=True, guess=False) for s in test},
+        "main_photo_and_guess": {s.id: oracle_caption(truth[s.id], guesses, only_main=True, guess=True) for s in test},
+        "all_photos": {s.id: oracle_caption(truth[s.id], guesses, only_main=False, guess=False) for s in test},
+    }
+    products = [truth[sample.id] for sample in test]
+    with CaptionScorer({sample.id: sample.captions for sample in test}, METRICS) as scorer:
+        each = {name: scorer.cider_of_each(those) for name, those in captions.items()}
+        return {
+            "arms": {name: scorer.score(those) for name, those in captions.items()},
+            "floors": {
+                name: scorer.score(those) for name, those in caption_floors(train_samples, test, seed=seed).items()
+            },
+            "oracles": {name: scorer.score(those) for name, those in oracles.items()},
+            "differences": {
+                f"{better} - {worse}": bootstrap_interval(
+                    [each[better][s.id] - each[worse][s.id] for s in test], seed=seed
+                )
+                for better, worse in (
+                    ("patch_concatenation", "single_image"),
+                    ("mivpg_without_csa", "single_image"),
+                    ("mivpg", "single_image"),
+                    ("mivpg", "patch_concatenation"),
+                    ("mivpg", "mivpg_without_csa"),
+                )
+            },
+            "traits": trait_accuracies(captions, products, guesses),
+            "hidden": {name: hidden_accuracy(those, products, seed) for name, those in captions.items()}
+            | {"chance": hidden_accuracy(oracles["main_photo_and_guess"], products, seed)},
+            "swapped": {
+                "metrics": scorer.score(swapped),
+                "hidden": hidden_accuracy(swapped, products, seed),
+                "hidden_of_the_other": hidden_accuracy(
+                    swapped, products, seed, others={a: truth[b] for a, b in swap_partners(products).items()}
+                ),
+            },
+        }
+
+
+# ── The report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def choose_examples(
+    out: Path,
+    captions: Mapping[str, Mapping[str, str]],
+    test: Sequence[Sample],
+    truth: Mapping[str, CatalogueProduct],
+    seed: int,
+) -> list[BagExample]:
+    """A test product of each family, drawn by the seed alone, with the weight that MIVPG gave each photo."""
+    folder = out / "arms" / "mivpg" / BEST
+    model = MivpgForConditionalGeneration.from_pretrained(folder)
+    processor = MivpgProcessor.from_pretrained(folder)
+    order = sorted(test, key=lambda sample: sample.id)
+    random.Random(f"examples {seed}").shuffle(order)
+    chosen = {truth[sample.id].family: sample for sample in reversed(order)}
+    examples = []
+    for family in sorted(chosen):
+        sample = chosen[family]
+        batch = BagCollator(processor, training=False)([BagDataset([sample])[0]])
+        weights = image_weights(model, batch)[0]  # (N,)
+        product = truth[sample.id]
+        examples.append(
+            BagExample(
+                id=sample.id,
+                title=family,
+                images=[out / "catalogue" / "images" / "small" / f"{i[:2]}/{i}.jpg" for i in product.images],
+                weights=weights.tolist(),
+                references=sample.captions,
+                captions={arm.title: captions[arm.name][sample.id] for arm in reversed(ARMS)},
+            )
+        )
+    return examples
+
+
+def _readme_example(examples: Sequence[BagExample], truth: Mapping[str, CatalogueProduct]) -> BagExample:
+    """The first with four to six photos, some of which show what the main one does not."""
+    for example in examples:
+        if 4 <= len(example.images) <= 6 and truth[example.id].hidden():
+            return example
+    return examples[0]
+
+
+def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence[BagExample]) -> None:
+    """The page: scores with floors and oracles, what they mean in words, traits by where they are seen, products."""
+    titles = {arm.name: arm.title for arm in ARMS}
+    names = {
+        "constant": "Floor: one constant caption",
+        "random_train": "Floor: a random training caption",
+        "label": "Floor: the product type's most common caption",
+        "main_photo": "Oracle: all that the main photo shows",
+        "main_photo_and_guess": "Oracle: the same, guessing the rest",
+        "all_photos": "Oracle: all that all photos show",
+    }
+    rows = [[titles[name], *_cells(scores)] for name, scores in results["arms"].items()]
+    rows += [
+        [names[name], *_cells(scores)] for group in ("floors", "oracles") for name, scores in results[group].items()
+    ]
+    hidden = {**{titles[name]: results["hidden"][name] for name in titles}, "Chance": results["hidden"]["chance"]}
+    counts = results["num_products"]
+    parts: list[Table | BarChart | Text | Examples] = [
+        Text(title="What was found", paragraphs=findings(results)),
+        Table(
+            title="Scores",
+            note=f"{counts['test']} test products. They are generated: these numbers say how the mechanism behaves, "
+            "not how good the method is on real data. An oracle writes the usual wording and says all it sees, which "
+            "is not always what scores best.",
+            columns=["", *METRICS],
+            rows=rows,
+            emphasised=[titles["mivpg"]],
+        ),
+        BarChart(
+            title="CIDEr",
+            bars={"": {titles[name]: scores["CIDEr"] for name, scores in results["arms"].items()}},
+            emphasised=titles["mivpg"],
+        ),
+        BarChart(
+            title="What only other photos show",
+            note="Of the traits that the main photo does not show and another does (a pattern on the back, the colour "
+            "beneath or inside), the share that a caption names right, with 95 % intervals over products.",
+            bars={"": {name: value["mean"] for name, value in hidden.items()}},
+            intervals={"": {name: (value["low"], value["high"]) for name, value in hidden.items()}},
+            emphasised=titles["mivpg"],
+        ),
+        _trait_table(results, titles),
+        Examples(
+            title="Twelve test products",
+            note="One of each family, drawn by the seed. The bar under a photo is how much MIVPG's visual prompts "
+            "looked at it.",
+            examples=examples,
+            emphasised=titles["mivpg"],
+        ),
+        Text(
+            title="What was run",
+            paragraphs=[
+                f"Seed {results['seed']}: {counts['train']} products to train on, {counts['val']} to select by, "
+                f"{counts['test']} to test. Every arm starts from the same base model, which comes with the package "
+                "and has seen single pictures only, and has the same steps, schedule and selection.",
+                "Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in results["seconds"].items()) + ".",
+                f"Caption your own photos with it: mivpg caption --model {results['model']} PHOTO …",
+            ],
+        ),
+    ]
+    write_report(
+        path,
+        title="MIVPG in miniature",
+        lead="Products with several photos, captioned by a frozen language model that reads 16 visual prompts whatever "
+        "the number of photos. The five arms are those of the paper's Table 2 (arXiv 2406.02987); the catalogue is "
+        "generated.",
+        parts=parts,
+    )
+
+
+def _cells(scores: Mapping[str, float]) -> list[str]:
+    return [f"{scores[metric]:.3f}" for metric in METRICS]
+
+
+def _trait_table(results: Mapping[str, Any], titles: Mapping[str, str]) -> Table:
+    rows = []
+    for trait, places in results["traits"].items():
+        for where, row in places.items():
+            name = f"{trait}, {'main photo' if where == 'main' else 'another photo'}"
+            cells = [f"{row[arm]['right']:.2f}" for arm in titles]
+            rows.append([name, str(row["num_products"]), *cells, f"{row['chance']:.2f}", f"{row['oracle']:.2f}"])
+    return Table(
+        title="Traits by where they are seen",
+        note="Share of captions that name the trait right. Leaving it out counts as wrong, and people leave out much "
+        "of what the main photo shows; chance and the oracle that sees the main photo always name it.",
+        columns=["Trait and where", "Products", *titles.values(), "Chance", "Oracle, main photo"],
+        rows=rows,
+    )
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in plain words."""
+    lines = []
+    questions = {
+        "patch_concatenation - single_image": "Concatenating the patches of several photos against one photo",
+        "mivpg - single_image": "MIVPG with several photos against one photo",
+        "mivpg - patch_concatenation": "MIVPG against concatenation",
+        "mivpg - mivpg_without_csa": "MIVPG with CSA against without",
+    }
+    for key, question in questions.items():
+        difference = results["differences"][key]
+        verdict = "better" if difference["low"] > 0 else "worse" if difference["high"] < 0 else "no clear difference"
+        lines.append(
+            f"{question}: {verdict}; CIDEr {difference['mean']:+.2f} (95 % interval {difference['low']:+.2f} to "
+            f"{difference['high']:+.2f})."
+        )
+    hidden, chance = results["hidden"]["mivpg"], results["hidden"]["chance"]
+    swapped = results["swapped"]
+    lines.append(
+        f"Of what only other photos show, MIVPG names {hidden['mean']:.0%} right ({hidden['low']:.0%} to "
+        f"{hidden['high']:.0%}; chance {chance['mean']:.0%}). With those photos swapped for another product's it names "
+        f"{swapped['hidden']['mean']:.0%} of its own product's traits and "
+        f"{swapped['hidden_of_the_other']['mean']:.0%} of the other's, and CIDEr falls from "
+        f"{results['arms']['mivpg']['CIDEr']:.2f} to {swapped['metrics']['CIDEr']:.2f}."
+    )
+    return lines

@@ -1,0 +1,165 @@
+"""The base model that comes with the package, and the recipe that made it, at a small size."""
+
+import dataclasses
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+from mivpg import MivpgForConditionalGeneration, MivpgProcessor
+from mivpg.errors import MivpgError
+from mivpg.miniature import BASE_MODEL, base
+from mivpg.miniature.base import Recipe, judge, make_base, make_picture, make_text
+
+TINY = Recipe(
+    num_texts=300,
+    text_steps=3,
+    text_batch=6,
+    num_pictures=12,
+    vision_steps=2,
+    joint_steps=3,
+    picture_batch=4,
+    save_every=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_pictures(monkeypatch):
+    """Judging takes 600 pictures; here 8 have to do."""
+    make_pictures = base.make_pictures
+    monkeypatch.setattr(base, "make_pictures", lambda stream, number: make_pictures(stream, min(number, 12)))
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class TestCommitted:
+    def test_is_small_and_what_its_recipe_gave(self):
+        assert sum(file.stat().st_size for file in BASE_MODEL.iterdir()) < 10_000_000
+        recipe = json.loads((BASE_MODEL / "recipe.json").read_text())
+        assert recipe["sha256"]["model.safetensors"] == digest(BASE_MODEL / "model.safetensors")
+        assert recipe["recipe"] == dataclasses.asdict(Recipe())
+        log = [json.loads(line) for line in (BASE_MODEL / "training_log.jsonl").read_text().splitlines()]
+        assert log[-1]["step"] == Recipe().steps
+        assert log[-1]["seconds"] < 2 * 3600
+
+    def test_is_an_ordinary_blip2_folder(self):
+        model, info = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        looking = [i for i, layer in enumerate(model.qformer.encoder.layer) if layer.has_cross_attention]
+        assert len(looking) >= 3
+        assert type(AutoProcessor.from_pretrained(BASE_MODEL, backend="pil")).__name__ == "Blip2Processor"
+
+    def test_its_tokenizer_knows_every_byte(self):
+        tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
+        text = "Stühle für 3 €, 椅子 \x01 🪑."
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+    def test_mivpg_starts_from_it_as_its_qformer(self):
+        blip2 = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL).eval()
+        model = MivpgForConditionalGeneration.from_pretrained(BASE_MODEL).eval()
+        processor = MivpgProcessor.from_pretrained(BASE_MODEL)
+        picture = make_picture("test", 0)
+        from PIL import Image
+
+        inputs = processor(images=[[Image.fromarray(picture.pixels)]], text="")
+        ours = model(**inputs).logits
+        theirs = blip2(
+            pixel_values=inputs["pixel_values"][:, 0],
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+        ).logits
+        assert torch.equal(ours, theirs)
+
+    def test_describes_pictures_it_has_not_seen(self, record_property):
+        """Its own figures hold on other pictures: it was trained on none of these."""
+        model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
+        processor = AutoProcessor.from_pretrained(BASE_MODEL, backend="pil")
+        figures = judge(model, processor, [make_picture("never seen", index) for index in range(120)])
+        committed = json.loads((BASE_MODEL / "recipe.json").read_text())["figures"]
+        record_property("loss of the base on pictures not seen", figures["loss"])
+        assert figures["loss"] < committed["loss"] + 0.1
+        assert figures["right_of_said"]["color"] > committed["right_of_said"]["color"] - 0.08
+
+    def test_without_its_picture_it_is_wrong(self):
+        """The control: pictures and texts that do not belong together."""
+        model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
+        processor = AutoProcessor.from_pretrained(BASE_MODEL, backend="pil")
+        pictures = [make_picture("never seen", index) for index in range(40)]
+        others = [
+            dataclasses.replace(picture, pixels=pictures[index - 1].pixels) for index, picture in enumerate(pictures)
+        ]
+        assert judge(model, processor, others)["loss"] > judge(model, processor, pictures)["loss"] + 1
+
+
+class TestRecipe:
+    def test_same_seed_same_model(self, tmp_path):
+        first, second = make_base(tmp_path / "a", TINY), make_base(tmp_path / "b", TINY)
+        assert {f.name: digest(f) for f in first.iterdir() if f.name not in ("training_log.jsonl",)} == {
+            f.name: digest(f) for f in second.iterdir() if f.name not in ("training_log.jsonl",)
+        }
+        other = make_base(tmp_path / "c", dataclasses.replace(TINY, seed=1))
+        assert digest(other / "model.safetensors") != digest(first / "model.safetensors")
+
+    @pytest.mark.parametrize("stop", [2, 5])
+    def test_interrupted_it_ends_as_an_unbroken_one(self, tmp_path, monkeypatch, stop):
+        unbroken = make_base(tmp_path / "unbroken", TINY)
+        text_loss = base.text_loss
+        calls = iter(range(100))
+
+        def interrupt(*args):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            return text_loss(*args)
+
+        monkeypatch.setattr(base, "text_loss", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make_base(tmp_path / "broken", TINY)
+        monkeypatch.setattr(base, "text_loss", text_loss)
+        assert digest(make_base(tmp_path / "broken", TINY) / "model.safetensors") == digest(
+            unbroken / "model.safetensors"
+        )
+
+    def test_a_folder_in_use_is_refused(self, tmp_path):
+        (tmp_path / "letter.txt").write_text("mine")
+        with pytest.raises(MivpgError, match=r"is not empty, expected a new folder"):
+            make_base(tmp_path, TINY)
+
+    def test_another_recipe_is_not_mixed_in(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(base, "judge", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make_base(tmp_path / "base", TINY)
+        with pytest.raises(MivpgError, match=r"was begun with"):
+            make_base(tmp_path / "base", dataclasses.replace(TINY, seed=3))
+
+
+class TestData:
+    def test_no_text_is_a_reference_beside_a_picture(self):
+        """Pictures come with descriptions of one view; the catalogue's manner is read as text alone."""
+        texts = [make_text(0, index) for index in range(400)]
+        references = [text for text in texts if " seen " not in text and " from " not in text and " open." not in text]
+        assert 0.5 < len(references) / len(texts) < 0.8
+        for index in range(30):
+            first = make_picture("test", index).text.split(".")[0]
+            assert " from " in first or first.endswith("open")
+
+    def test_pictures_depend_on_stream_and_index_alone(self):
+        random.seed(0)
+        first = make_picture("test", 3)
+        np.random.default_rng(1)
+        again = make_picture("test", 3)
+        assert np.array_equal(first.pixels, again.pixels) and first.text == again.text
+        assert not np.array_equal(first.pixels, make_picture("test", 4).pixels)
+
+    def test_its_products_are_not_the_catalogues(self, tmp_path):
+        from mivpg.miniature.catalogue import make_catalogue
+
+        catalogue = make_catalogue(tmp_path, num_products=12, seed=0)
+        seen = [make_picture("base 0", index).product for index in range(12)]
+        assert [p.traits for p in catalogue] != [p.traits for p in seen]
