@@ -25,11 +25,12 @@ from mivpg.miniature.traits import (
 
 ARM_NAMES = {"zero_shot", "single_image", "patch_concatenation", "mivpg_without_csa", "mivpg"}
 METRICS = {"BLEU@4", "METEOR", "ROUGE_L", "CIDEr"}
-SMALL = ["--num-products", "60", "--num-train-epochs", "1"]
+SMALL = {"--num-products": "60", "--num-train-epochs": "1"}
 
 
-def demo(out: Path, *options: str, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "mivpg.cli", "demo", "--out", str(out), *SMALL, *options]
+def demo(out: Path, options: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
+    words = [word for option in (SMALL | (options or {})).items() for word in option]
+    command = [sys.executable, "-m", "mivpg.cli", "demo", "--out", str(out), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
@@ -154,9 +155,9 @@ def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     assert second == first
 
 
-@pytest.mark.parametrize("options", [["--seed", "1"], ["--num-train-epochs", "2"]])
+@pytest.mark.parametrize("options", [{"--seed": "1"}, {"--num-train-epochs": "2"}])
 def test_another_demo_in_the_same_folder_is_refused(whole, options):
-    code, _, errors = finish(demo(whole, *options))
+    code, _, errors = finish(demo(whole, options))
     assert code == 1 and len(errors.splitlines()) == 1 and "name another folder" in errors
 
 
@@ -176,7 +177,7 @@ def test_without_permission_it_is_one_line():
 
 @pytest.mark.parametrize("number", ["0", "3", "-5"])
 def test_too_few_products_are_one_line(tmp_path, number):
-    code, _, errors = finish(demo(tmp_path / "demo", "--num-products", number))
+    code, _, errors = finish(demo(tmp_path / "demo", {"--num-products": number}))
     assert code == 1 and len(errors.splitlines()) == 1 and "num_products" in errors
 
 

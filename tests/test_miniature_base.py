@@ -22,7 +22,7 @@ TINY = Recipe(
     text_batch=6,
     num_pictures=12,
     vision_steps=2,
-    joint_steps=3,
+    language_steps=3,
     picture_batch=4,
     save_every=2,
 )

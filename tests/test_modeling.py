@@ -257,8 +257,10 @@ class TestFamilies:
 
     @pytest.mark.parametrize("bits", [{"load_in_8bit": True}, {"load_in_4bit": True}])
     @pytest.mark.parametrize("base", ["pair", "blip2"])
-    def test_quantization_leaves_what_trains_alone(self, folders, bits, base, tmp_path):
-        pytest.importorskip("bitsandbytes")
+    def test_quantization_leaves_what_trains_alone(self, folders, bits, base, tmp_path, monkeypatch):
+        modules = pytest.importorskip("bitsandbytes.nn.modules")
+        # Its fast way on some processors takes only widths that are multiples of 32, unlike these.
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
         options = {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": "cpu"}}
         if base == "pair":
             model, processor = self.joined(folders, "clip_vision_model", "opt", **options)
