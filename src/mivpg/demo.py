@@ -40,6 +40,7 @@ from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
 from mivpg.features import extract_features
 from mivpg.miniature import BASE_MODEL
+from mivpg.miniature.base import CATALOGUE_PROMPT, PICTURE_PROMPT
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
 from mivpg.miniature.traits import (
     hidden_accuracy,
@@ -238,7 +239,7 @@ def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
         model=ModelConfig(base=str(BASE_MODEL), **arm.model),
         dataset=DatasetConfig(bag_file=BagFileConfig(path=out / f"{arm.photos}.jsonl")),
         output_dir=out / "arms" / arm.name,
-        prompt="",
+        prompt=CATALOGUE_PROMPT,
         num_train_epochs=config.num_train_epochs,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
@@ -322,7 +323,8 @@ def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
                 if not file.exists():
                     samples = select(BagFileConfig(path=out / f"{photos}.jsonl").load(), "test")
                     generation = GenerationOptions(num_beams=1, max_new_tokens=48)
-                    caption_file(model, processor, samples, file, generation=generation, batch_size=50)
+                    prompt = processor.prompt if arm.trains else PICTURE_PROMPT
+                    caption_file(model, processor, samples, file, generation=generation, prompt=prompt, batch_size=50)
         except Exception as error:
             print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
             raise SystemExit(1) from error
