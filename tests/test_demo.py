@@ -1,5 +1,6 @@
 """The demo end to end at a small size, and its figures against captions whose truth is known."""
 
+import functools
 import json
 import os
 import random
@@ -138,7 +139,9 @@ def test_a_finished_demo_does_nothing_again(whole):
 
 def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     out = tmp_path / "interrupted"
-    process = demo(out, start_new_session=True)
+    # A shell starts what runs in its background with SIGINT ignored, which children inherit.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = demo(out, start_new_session=True, preexec_fn=listen)
     deadline = time.monotonic() + 200
     while not list(out.glob("arms/*/config.yaml")):
         assert time.monotonic() < deadline and process.poll() is None
