@@ -39,6 +39,7 @@ from mivpg.datasets.bag_file import BagFileConfig
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
 from mivpg.features import extract_features
+from mivpg.files import write_whole
 from mivpg.miniature import BASE_MODEL
 from mivpg.miniature.base import CATALOGUE_PROMPT, PICTURE_PROMPT
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
@@ -146,7 +147,7 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     examples = choose_examples(out, captions, test, truth, config.seed)
     write_demo_report(out / "report.html", results, examples)
     draw_example(_readme_example(examples, truth), "MIVPG", out / "example.png")
-    _write(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
@@ -161,7 +162,7 @@ def _claim(out: Path, config: DemoConfig) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MivpgError(f"{out} is in use, expected a new or empty folder for the demo.")
     out.mkdir(parents=True, exist_ok=True)
-    _write(mark, json.dumps(asked, indent=2) + "\n")
+    write_whole(mark, json.dumps(asked, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -221,13 +222,7 @@ def _write_bag_file(path: Path, samples: Sequence[Sample]) -> None:
         }
         for sample in samples
     )
-    _write(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ── Arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,7 @@ from mivpg.bags import Sample, check_record, naming
 from mivpg.captioning import NUM_READERS, check_batch_size, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
+from mivpg.files import write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
 
@@ -179,22 +180,12 @@ def _write_bag(folder: Path, bag: Sample, seen: list[tuple[list[Any], Tensor]]) 
     if (coords := _coords(bag)) is not None:
         tensors["coords"] = coords
     metadata = {"id": json.dumps(bag.id), "images": json.dumps([origin for origin, _ in seen])}
-    _write(folder / file_name(bag.id), save(tensors, metadata))
+    write_whole(folder / file_name(bag.id), save(tensors, metadata))
 
 
 def _coords(bag: Sample) -> Tensor | None:
     """(N, 2), or None where they are not known."""
     return None if bag.image_coords is None else torch.tensor(bag.image_coords, dtype=torch.float32)
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all: it gets its name when it is on the disk."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(file)
 
 
 # ── What made a store, and of what ──────────────────────────────────────────────────────────────────────────────────
@@ -236,7 +227,7 @@ def _claim(folder: Path, maker: dict[str, Any]) -> None:
                 f"{folder} holds safetensors files, but no features.json that says what made them; {remedy}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(maker, indent=2).encode())  # before the first bag, so that there is none without it
+        write_whole(file, json.dumps(maker, indent=2).encode())  # before the first bag: none is without it
         return
     found = read_record(file.read_bytes())
     for name in found | maker:

@@ -22,6 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from mivpg.files import write_whole
 from mivpg.images import open_image
 
 THUMBNAIL_SIDE = 200
@@ -151,17 +152,6 @@ def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Table | B
     environment.filters |= {"thumbnail": thumbnail, "draw_chart": draw_chart, "data_uri": data_uri, "percent": percent}
     page = environment.get_template("report.html.jinja").render(title=title, lead=lead, parts=parts)
     write_whole(path, page.encode(errors="replace"))  # half a surrogate pair, which JSON can hold, has no UTF-8
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Never leaves a part of a file, and the old one as it was where the new one cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_number(cell: str) -> bool:

@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mivpg.errors import MivpgError
+from mivpg.files import write_whole
 from mivpg.miniature.processes import in_processes
 from mivpg.miniature.products import Product, choose_views, draw_product, photograph
 from mivpg.miniature.wording import reference
@@ -109,7 +110,7 @@ def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> li
             file.flush()
     products = [done[index] for index in range(num_products)]
     _write_metadata(root, products)
-    _write(root / MADE_BY, json.dumps(made_by, indent=2) + "\n")
+    write_whole(root / MADE_BY, json.dumps(made_by, indent=2) + "\n")
     (root / PARTIAL).unlink()
     return products
 
@@ -215,8 +216,8 @@ def _write_metadata(root: Path, products: list[CatalogueProduct]) -> None:
     (root / "images" / "metadata").mkdir(parents=True, exist_ok=True)
     _write_gz(root / "images" / "metadata" / "images.csv.gz", _image_table(products))
     captions = {product.item_id: product.captions for product in products}
-    _write(root / "captions.json", json.dumps(captions, indent=1) + "\n")
-    _write(root / TRUTH, json.dumps([asdict(product) for product in products]) + "\n")
+    write_whole(root / "captions.json", json.dumps(captions, indent=1) + "\n")
+    write_whole(root / TRUTH, json.dumps([asdict(product) for product in products]) + "\n")
 
 
 def _listing(product: CatalogueProduct) -> dict[str, Any]:
@@ -242,10 +243,4 @@ def _image_table(products: Iterable[CatalogueProduct]) -> str:
 
 def _write_gz(path: Path, content: str) -> None:
     """Without the time of writing, which gzip would note."""
-    _write(path, gzip.compress(content.encode(), mtime=0))
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
+    write_whole(path, gzip.compress(content.encode(), mtime=0))
