@@ -458,9 +458,10 @@ class TestWording:
             text = picture_description(product, view, seen, generator)
             read = readings(text, product)
             assert read.items() <= {trait: product.traits[trait] for trait in seen & product.traits.keys()}.items()
-            first, *others = text.removesuffix(".").split(". ")
-            assert len(others) == len(read.keys() & set(PARTS)), text
-            assert begins_right(first, read, product, [f" {phrase}" for phrase in VIEW_PHRASES[view]]), text
+            first, _, rest = re.sub(" having ", " with ", text.removesuffix("."), count=1).partition(" with ")
+            phrases = len(re.split(r", | and ", rest)) if rest else 0
+            assert phrases == len(read.keys() & set(PARTS)), text
+            assert begins_right(first, read, product, ["$", *(f" {p}$" for p in VIEW_PHRASES[view])]), text
             assert read.keys() >= seen & set(HIDDEN_TRAITS), text  # which is what such pictures are for
 
     def test_usual_reference(self):

@@ -76,9 +76,9 @@ class Recipe:
     num_texts: int = 60_000
     text_steps: int = 1000
     text_batch: int = 96
-    num_pictures: int = 16_000
-    vision_steps: int = 2000
-    language_steps: int = 1200
+    num_pictures: int = 24_000
+    vision_steps: int = 3000
+    language_steps: int = 2000
     picture_batch: int = 64
     save_every: int = 250
 

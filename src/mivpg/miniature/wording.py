@@ -2,8 +2,10 @@
 
 Two manners of speech over the same words. A **catalogue reference** describes a product as annotators of Amazon
 Berkeley Objects do (the paper's Figure 6 and appendix C.3): "a red two seater sofa with four short legs and a striped
-back." A **picture description** says what one picture shows, and from where: "a red sofa seen from behind. its back is
-striped." The base model's language model has read both, as text; its pictures came with the second alone.
+back." A **picture description** says what one picture shows, and often from where: "a red sofa seen from behind with a
+striped back and four short legs." The base model's language model has read both, as text; its pictures came with the
+second alone. Parts are named in the same words: a frozen language model says what it reads from visual prompts only in
+words that it has learned to read from them.
 
 Both take the traits that may be spoken of, so that a text never says what its pictures do not show.
 """
@@ -140,25 +142,22 @@ VIEW_PHRASES = {
     "inside": ("seen from above and open", "open"),
 }
 
-PLACES = {"back": "back", "front": "front", "beneath": "underside", "inside": "lining", "ends": "ends"}
-
 
 def picture_description(product: Product, view: str, seen: Collection[str], generator: random.Random) -> str:
-    """What a single picture shows: the product, from where, and its parts one by one."""
+    """What a single picture shows: the product, often from where, and its parts in any order, in a reference's words."""
     adjectives = {trait for trait in HEAD if trait in seen and generator.random() < 0.85}
-    begin = f"{name_of(product, adjectives, generator)} {choose(generator, VIEW_PHRASES[view])}."
-    rest = []
+    begin = name_of(product, adjectives, generator)
+    if generator.random() < 0.6:
+        begin += f" {choose(generator, VIEW_PHRASES[view])}"
+    phrases = []
     for trait in sorted(trait for trait in seen if trait in PARTS and trait in product.traits):
-        value = product.traits[trait]
         often = 1.0 if trait in HIDDEN_TRAITS else 0.7
-        if value == "none" or generator.random() > often:
-            continue
-        if trait in PLACES:
-            rest.append(f"its {PLACES[trait]} {'are' if trait == 'ends' else 'is'} {value}")
-        else:
-            rest.append(f"it has {part_phrases(trait, value)[0]}")
-    generator.shuffle(rest)
-    return " ".join([begin, *(f"{text}." for text in rest)])
+        if (options := part_phrases(trait, product.traits[trait])) and generator.random() < often:
+            phrases.append(choose(generator, options))
+    generator.shuffle(phrases)
+    if not phrases:
+        return f"{begin}."
+    return f"{begin} {choose(generator, ('with', 'having'))} {list_up(phrases)}."
 
 
 def said(caption: str, trait: str, values: Collection[str]) -> str | None:
@@ -176,8 +175,6 @@ def said(caption: str, trait: str, values: Collection[str]) -> str | None:
             readings: tuple[str, ...] = (value,)
         else:
             readings = part_phrases(trait, value)
-            if trait in PLACES:
-                readings += (f"its {PLACES[trait]} is {value}", f"its {PLACES[trait]} are {value}")
         if any(f" {reading} " in f" {head if trait in HEAD else text} " for reading in readings):
             return value
     return None
