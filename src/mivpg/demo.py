@@ -41,7 +41,7 @@ from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
 from mivpg.features import extract_features
 from mivpg.files import write_whole
 from mivpg.miniature import BASE_MODEL
-from mivpg.miniature.base import CATALOGUE_PROMPT, PICTURE_PROMPT
+from mivpg.miniature.base import PROMPT
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
 from mivpg.miniature.traits import (
     hidden_accuracy,
@@ -59,6 +59,7 @@ from mivpg.visualization import image_weights
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
 Photos = Literal["main", "all"]
 
+GENERATION = GenerationOptions(num_beams=1, max_new_tokens=48)
 LEAST_PRODUCTS = 20
 
 
@@ -97,7 +98,7 @@ class DemoConfig:
     """Draws products, split and training order."""
     num_products: int = 1500
     """Split 70/10/20 by the reader of Amazon Berkeley Objects."""
-    num_train_epochs: int = 6
+    num_train_epochs: int = 8
     """Passes over the training products, one reference each at a time."""
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -234,13 +235,13 @@ def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
         model=ModelConfig(base=str(BASE_MODEL), **arm.model),
         dataset=DatasetConfig(bag_file=BagFileConfig(path=out / f"{arm.photos}.jsonl")),
         output_dir=out / "arms" / arm.name,
-        prompt=CATALOGUE_PROMPT,
+        prompt=PROMPT,
         num_train_epochs=config.num_train_epochs,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,
         references="random",
-        validation=GenerationOptions(num_beams=1, max_new_tokens=48),
+        validation=GENERATION,
         num_workers=0,
     )
 
@@ -290,9 +291,14 @@ def _num_steps(out: Path, arm: Arm) -> int:
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
+def _caption_files(out: Path, arm: Arm) -> dict[str, Path]:
+    """What an arm captions, each a bag file by name, and where the captions go; MIVPG has the swapped bags, too."""
+    files: dict[str, Path] = {arm.photos: out / "captions" / f"{arm.name}.jsonl"}
+    return files | ({"swapped": out / "captions" / f"{arm.name}_swapped.jsonl"} if arm.name == "mivpg" else {})
+
+
 def _is_done(out: Path, arm: Arm) -> bool:
-    names = [arm.name, *(["mivpg_swapped"] if arm.name == "mivpg" else [])]
-    return all((out / "captions" / f"{name}.jsonl").exists() for name in names)
+    return all(file.exists() for file in _caption_files(out, arm).values())
 
 
 def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
@@ -313,13 +319,10 @@ def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
             model = MivpgForConditionalGeneration.from_pretrained(folder, **options)
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             processor = MivpgProcessor.from_pretrained(folder)
-            for photos in (arm.photos, *(("swapped",) if arm.name == "mivpg" else ())):
-                file = out / "captions" / f"{arm.name}{'_swapped' if photos == 'swapped' else ''}.jsonl"
+            for photos, file in _caption_files(out, arm).items():
                 if not file.exists():
                     samples = select(BagFileConfig(path=out / f"{photos}.jsonl").load(), "test")
-                    generation = GenerationOptions(num_beams=1, max_new_tokens=48)
-                    prompt = processor.prompt if arm.trains else PICTURE_PROMPT
-                    caption_file(model, processor, samples, file, generation=generation, prompt=prompt, batch_size=50)
+                    caption_file(model, processor, samples, file, generation=GENERATION, prompt=PROMPT, batch_size=50)
         except Exception as error:
             print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
             raise SystemExit(1) from error

@@ -1,6 +1,6 @@
 """The recipe of the miniature base model: a BLIP-2 of two million parameters that comes with the package.
 
-1. A byte-level tokenizer and a small Llama learn the words and both manners of speech of `wording`, from text alone.
+1. A byte-level tokenizer and a small Llama learn the words and the manner of speech of `wording`, from text alone.
 2. A small ViT learns which traits a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has
    learned before BLIP-2 sees it.
 3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
@@ -52,8 +52,8 @@ from mivpg.miniature.wording import HEAD, NOUNS, PARTS, picture_description, ref
 
 logger = logging.getLogger(__name__)
 
-PICTURE_PROMPT, CATALOGUE_PROMPT = "a photo of", "the product is"
-"""What stands before a description, half of the time, and before a reference, so that a prompt sets the manner."""
+PROMPT = "a photo of"
+"""BLIP-2's, before every text. Half of the time would leave a frozen model the choice of writing it."""
 
 IMAGE_SIZE, PATCH_SIZE = 96, 12
 NUM_QUERIES = 16
@@ -78,7 +78,7 @@ class Recipe:
     text_batch: int = 96
     num_pictures: int = 24_000
     vision_steps: int = 3000
-    language_steps: int = 2000
+    language_steps: int = 1600
     picture_batch: int = 64
     save_every: int = 250
 
@@ -132,20 +132,13 @@ class Picture:
 
 
 def make_text(seed: int, index: int) -> str:
-    """A text about a product that nobody has drawn, in one of the two manners."""
+    """A text about a product that nobody has drawn: more often a reference than a description of one picture."""
     generator = random.Random(f"text {seed} {index}")
     product = draw_product(generator)
     hidden = {trait for trait in HIDDEN_TRAITS if generator.random() < 0.65}
     seen = {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
-    if generator.random() < 0.65:
-        return f"{CATALOGUE_PROMPT} {reference(product, seen, generator)}"
-    view = generator.choice(("front", *FAMILIES[product.family].views))
-    return with_prompt(picture_description(product, view, seen, generator), generator)
-
-
-def with_prompt(description: str, generator: random.Random) -> str:
-    """A description with its prompt before it, or, as often, without."""
-    return f"{PICTURE_PROMPT} {description}" if generator.random() < 0.5 else description
+    write = reference if generator.random() < 0.65 else picture_description
+    return f"{PROMPT} {write(product, seen, generator)}"
 
 
 def make_picture(stream: str, index: int) -> Picture:
@@ -155,7 +148,7 @@ def make_picture(stream: str, index: int) -> Picture:
     view = generator.choice(("front", "front", *FAMILIES[product.family].views))
     photo = photograph(product, view, generator, size=PHOTO_SIZE)
     pixels = np.asarray(photo.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    text = with_prompt(picture_description(product, view, photo.seen, generator), generator)
+    text = f"{PROMPT} {picture_description(product, photo.seen, generator)}"
     return Picture(pixels, text, product, photo.seen)
 
 

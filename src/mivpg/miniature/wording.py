@@ -1,11 +1,10 @@
 """What people write of a product, and what a single picture is described with.
 
-Two manners of speech over the same words. A **catalogue reference** describes a product as annotators of Amazon
-Berkeley Objects do (the paper's Figure 6 and appendix C.3): "a red two seater sofa with four short legs and a striped
-back." A **picture description** says what one picture shows, and often from where: "a red sofa seen from behind with a
-striped back and four short legs." The base model's language model has read both, as text; its pictures came with the
-second alone. Parts are named in the same words: a frozen language model says what it reads from visual prompts only in
-words that it has learned to read from them.
+A **catalogue reference** describes a product as annotators of Amazon Berkeley Objects do (the paper's Figure 6 and
+appendix C.3): "a red two seater sofa with four short legs and a striped back." It speaks of what all photos show
+together, and leaves out what people leave out. A **picture description** speaks of one picture in the same words: of a
+sofa seen from behind, "a red sofa with a striped back." A frozen language model says what it reads from visual prompts
+only in words that it has learned to read from them.
 
 Both take the traits that may be spoken of, so that a text never says what its pictures do not show.
 """
@@ -133,43 +132,26 @@ def compose(product: Product, spoken: Collection[str], generator: random.Random 
     return f"{name_of(product, spoken, generator)} {manner.split()[-1]} {list_up(phrases)}."
 
 
-VIEW_PHRASES = {
-    "front": ("seen from the front", "from the front"),
-    "back": ("seen from behind", "from behind"),
-    "side": ("seen from the side", "from the side"),
-    "top": ("seen from above", "from above"),
-    "beneath": ("seen from below", "from below"),
-    "inside": ("seen from above and open", "open"),
-}
-
-
-def picture_description(product: Product, view: str, seen: Collection[str], generator: random.Random) -> str:
-    """What a single picture shows: the product, often from where, and its parts in any order, in a reference's words."""
-    adjectives = {trait for trait in HEAD if trait in seen and generator.random() < 0.85}
-    begin = name_of(product, adjectives, generator)
-    if generator.random() < 0.6:
-        begin += f" {choose(generator, VIEW_PHRASES[view])}"
-    phrases = []
-    for trait in sorted(trait for trait in seen if trait in PARTS and trait in product.traits):
-        often = 1.0 if trait in HIDDEN_TRAITS else 0.7
-        if (options := part_phrases(trait, product.traits[trait])) and generator.random() < often:
-            phrases.append(choose(generator, options))
-    generator.shuffle(phrases)
-    if not phrases:
-        return f"{begin}."
-    return f"{begin} {choose(generator, ('with', 'having'))} {list_up(phrases)}."
+def picture_description(product: Product, seen: Collection[str], generator: random.Random) -> str:
+    """What a single picture shows: always what seldom shows, and most of the rest."""
+    spoken = {
+        trait
+        for trait in sorted(product.traits.keys() & seen)
+        if trait in HIDDEN_TRAITS or generator.random() < (0.85 if trait in HEAD else 0.7)
+    }
+    return compose(product, spoken, generator)
 
 
 def said(caption: str, trait: str, values: Collection[str]) -> str | None:
     """Which value of a trait a caption speaks of, if any: the reading that accuracies of traits rest on.
 
     Args:
-        caption: In either manner.
+        caption: A model's or a person's.
         trait: One of `HEAD` or `PARTS`.
         values: All that the trait may be.
     """
     text = " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
-    head = re.split(r" (?:with|having|seen|from|\.)(?: |$)", text)[0]
+    head = re.split(r" (?:with|having|\.)(?: |$)", text)[0]
     for value in sorted(values, key=len, reverse=True):
         if trait in HEAD:
             readings: tuple[str, ...] = (value,)
