@@ -13,16 +13,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mivpg.demo import ARMS, DemoConfig, findings, run_demo, write_demo_report
+from mivpg.demo import ARMS, DemoConfig, _example_that_works, findings, run_demo, write_demo_report
 from mivpg.errors import MivpgError
 from mivpg.miniature.catalogue import CatalogueProduct
 from mivpg.miniature.traits import (
     hidden_accuracy,
     most_common_values,
+    names_hidden,
     oracle_caption,
+    says_nothing_wrong,
     swap_partners,
     trait_accuracies,
 )
+from mivpg.report import BagExample
 
 ARM_NAMES = {"zero_shot", "single_image", "patch_concatenation", "mivpg_without_csa", "mivpg"}
 METRICS = {"BLEU@4", "METEOR", "ROUGE_L", "CIDEr"}
@@ -238,6 +241,18 @@ def test_hidden_accuracy_asks_for_what_other_photos_show():
     assert hidden_accuracy(CAPTIONS, PILLOWS, seed=0, others=others)["mean"] == 0
 
 
+def test_the_example_that_works_says_nothing_wrong_and_something_hidden():
+    truth = {product.item_id: product for product in PILLOWS}
+    examples = [
+        BagExample(id=item_id, title="", images=[], weights=[], references=[], captions={})
+        for item_id in ("b", "d", "a")
+    ]
+    assert [says_nothing_wrong(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, False, True]
+    assert [names_hidden(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, True, False]
+    assert _example_that_works(examples, CAPTIONS, truth).id == "a"
+    assert _example_that_works(examples[:2], CAPTIONS, truth).id == "b"  # none works
+
+
 def test_oracles_say_what_they_see():
     guesses = most_common_values(PILLOWS)
     product = PILLOWS[2]
@@ -269,8 +284,6 @@ def test_findings_say_better_only_where_the_interval_does(whole):
 
 
 def test_captions_are_text_on_the_page(whole, tmp_path):
-    from mivpg.report import BagExample
-
     results = json.loads((whole / "results.json").read_text())
     photo = next((whole / "catalogue/images/small").rglob("*.jpg"))
     example = BagExample(

@@ -6,7 +6,7 @@
     out/captions/      what each arm writes of the test products
     out/results.json   scores, floors, oracles and the accuracy of each trait
     out/report.html    the same for people
-    out/example.png    one product, the weights of its photos, and its caption
+    out/example.png    a product of which MIVPG says nothing wrong, the weights of its photos, and its caption
 
 Every arm has the same products, steps, schedule, hyperparameters and selection, which is by CIDEr on the validation
 products. What is there already is not done again, so an interrupted demo goes on where it was.
@@ -46,7 +46,9 @@ from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
 from mivpg.miniature.traits import (
     hidden_accuracy,
     most_common_values,
+    names_hidden,
     oracle_caption,
+    says_nothing_wrong,
     swap_partners,
     trait_accuracies,
 )
@@ -147,7 +149,7 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     results["model"] = str(out / "arms" / "mivpg" / BEST)
     examples = choose_examples(out, captions, test, truth, config.seed)
     write_demo_report(out / "report.html", results, examples)
-    draw_example(_readme_example(examples, truth), "MIVPG", out / "example.png")
+    draw_example(_example_that_works(examples, captions["mivpg"], truth), "MIVPG", out / "example.png")
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
@@ -425,10 +427,13 @@ def choose_examples(
     return examples
 
 
-def _readme_example(examples: Sequence[BagExample], truth: Mapping[str, CatalogueProduct]) -> BagExample:
-    """The first with four to six photos, some of which show what the main one does not."""
+def _example_that_works(
+    examples: Sequence[BagExample], captions: Mapping[str, str], truth: Mapping[str, CatalogueProduct]
+) -> BagExample:
+    """The first of which MIVPG says nothing wrong and something that the main photo does not show; else the first."""
     for example in examples:
-        if 4 <= len(example.images) <= 6 and truth[example.id].hidden():
+        caption, product = captions[example.id], truth[example.id]
+        if says_nothing_wrong(caption, product) and names_hidden(caption, product):
             return example
     return examples[0]
 

@@ -439,7 +439,8 @@ def judge(
         for trait, value in picture.product.traits.items():
             if (spoken := said(caption, trait, FAMILIES[picture.product.family].traits[trait])) is not None:
                 right[trait].append(spoken == value)
-        right["family"].append(any(f" {noun} " in caption for noun in NOUNS[picture.product.family]))
+        words = f" {caption.replace(',', ' ').replace('.', ' ')} "
+        right["family"].append(any(f" {noun} " in words for noun in NOUNS[picture.product.family]))
     return {
         "num_pictures": len(pictures),
         "loss": float(np.mean(losses)),

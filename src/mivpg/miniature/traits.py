@@ -87,6 +87,16 @@ def can_be_said(product: CatalogueProduct, trait: str) -> bool:
     return value is not None and value != "none" and (trait, value) != ("front", "plain")
 
 
+def says_nothing_wrong(caption: str, product: CatalogueProduct) -> bool:
+    """Whether all that a caption says of a product's traits is so."""
+    return all(_said_by(caption, product, trait) in (None, value) for trait, value in product.traits.items())
+
+
+def names_hidden(caption: str, product: CatalogueProduct) -> bool:
+    """Whether a caption says right something that only other photos than the main one show."""
+    return any(_said_by(caption, product, trait) == product.traits.get(trait, "") for trait in product.hidden())
+
+
 def _said_by(caption: str, product: CatalogueProduct, trait: str) -> str | None:
     return said(caption, trait, FAMILIES[product.family].traits[trait])
 
