@@ -14,7 +14,9 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration
 from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.errors import MivpgError
 from mivpg.miniature import BASE_MODEL, base
-from mivpg.miniature.base import Recipe, judge, make_base, make_picture, make_text
+from mivpg.miniature.base import PROMPT, Recipe, judge, make_base, make_picture, make_text
+from mivpg.miniature.products import FAMILIES
+from mivpg.miniature.wording import said
 
 TINY = Recipe(
     num_texts=300,
@@ -140,14 +142,20 @@ class TestRecipe:
 
 
 class TestData:
-    def test_no_text_is_a_reference_beside_a_picture(self):
-        """Pictures come with descriptions of one view; the catalogue's manner is read as text alone."""
-        texts = [make_text(0, index) for index in range(400)]
-        references = [text for text in texts if " seen " not in text and " from " not in text and " open." not in text]
-        assert 0.5 < len(references) / len(texts) < 0.8
-        for index in range(30):
-            first = make_picture("test", index).text.split(".")[0]
-            assert " from " in first or first.endswith("open")
+    def test_a_text_beside_a_picture_says_what_that_picture_shows(self):
+        """The base has never seen a text that says what another photo shows, as references do."""
+        num_said = 0
+        for index in range(60):
+            picture = make_picture("test", index)
+            for trait, value in picture.product.traits.items():
+                spoken = said(picture.text, trait, FAMILIES[picture.product.family].traits[trait])
+                assert spoken in ((None, value) if trait in picture.seen else (None,)), (picture.text, trait)
+                num_said += spoken is not None
+        assert num_said > 120
+
+    def test_every_text_begins_with_the_prompt(self):
+        texts = [make_text(0, index) for index in range(100)] + [make_picture("test", index).text for index in range(5)]
+        assert all(text.startswith(f"{PROMPT} a") for text in texts)
 
     def test_pictures_depend_on_stream_and_index_alone(self):
         random.seed(0)
