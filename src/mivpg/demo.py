@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 from mivpg.bags import BagCollator, BagDataset, Sample, read_features, select
@@ -141,8 +141,9 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     with _timed(seconds, "scores", "Scoring"):
         test = select(bags["all"], "test")
         train_samples = select(bags["all"], "train")
-        captions = {arm.name: read_captions(out / "captions" / f"{arm.name}.jsonl") for arm in ARMS}
-        swapped = read_captions(out / "captions" / "mivpg_swapped.jsonl")
+        files = {arm.name: _caption_files(out, arm) for arm in ARMS}
+        captions = {arm.name: read_captions(files[arm.name][arm.photos]) for arm in ARMS}
+        swapped = read_captions(files["mivpg"]["swapped"])
         results = {"seed": config.seed} | score(captions, swapped, test, train_samples, truth, config.seed)
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     results["num_products"] = {split: len(select(bags["all"], split)) for split in ("train", "val", "test")}
@@ -206,10 +207,7 @@ def _recombine(folder: Path, sample: Sample, other: Sample | None) -> Sample:
         rows = [read_features(sample.features)[0][:1]]
         if other is not None and other.features is not None:
             rows.append(read_features(other.features)[0][1:])
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(".partial")
-        save_file({"image_embeds": torch.cat(rows).half()}, unfinished)
-        unfinished.replace(file)
+        write_whole(file, save({"image_embeds": torch.cat(rows).half()}))
     return replace(sample, features=file)
 
 

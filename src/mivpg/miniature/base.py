@@ -9,8 +9,8 @@
 
 What tells the traits, in 2 and 3, is thrown away in the end.
 
-The model has never seen two pictures at once, nor a picture beside a catalogue reference. The products it has seen are
-others than those of any catalogue. Everything is a function of the seed; the last bits depend on the machine.
+The model has never seen two pictures at once, nor a picture beside what only another one shows. The products it has
+seen are others than those of any catalogue. Everything is a function of the seed; the last bits depend on the machine.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ from mivpg.errors import MivpgError
 from mivpg.miniature.catalogue import PHOTO_SIZE
 from mivpg.miniature.processes import in_processes
 from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, Product, draw_product, photograph
-from mivpg.miniature.wording import HEAD, NOUNS, PARTS, picture_description, reference, said
+from mivpg.miniature.wording import HEAD, PARTS, picture_description, reference, said, says_noun
 
 logger = logging.getLogger(__name__)
 
@@ -439,8 +439,7 @@ def judge(
         for trait, value in picture.product.traits.items():
             if (spoken := said(caption, trait, FAMILIES[picture.product.family].traits[trait])) is not None:
                 right[trait].append(spoken == value)
-        words = f" {caption.replace(',', ' ').replace('.', ' ')} "
-        right["family"].append(any(f" {noun} " in words for noun in NOUNS[picture.product.family]))
+        right["family"].append(says_noun(caption, picture.product.family))
     return {
         "num_pictures": len(pictures),
         "loss": float(np.mean(losses)),

@@ -87,6 +87,11 @@ def can_be_said(product: CatalogueProduct, trait: str) -> bool:
     return value is not None and value != "none" and (trait, value) != ("front", "plain")
 
 
+def hidden_traits(product: CatalogueProduct) -> list[str]:
+    """What other photos show, the main one does not, and there are words for."""
+    return [trait for trait in product.hidden() if can_be_said(product, trait)]
+
+
 def says_nothing_wrong(caption: str, product: CatalogueProduct) -> bool:
     """Whether all that a caption says of a product's traits is so."""
     return all(_said_by(caption, product, trait) in (None, value) for trait, value in product.traits.items())
@@ -94,7 +99,7 @@ def says_nothing_wrong(caption: str, product: CatalogueProduct) -> bool:
 
 def names_hidden(caption: str, product: CatalogueProduct) -> bool:
     """Whether a caption says right something that only other photos than the main one show."""
-    return any(_said_by(caption, product, trait) == product.traits.get(trait, "") for trait in product.hidden())
+    return any(_said_by(caption, product, trait) == product.traits[trait] for trait in hidden_traits(product))
 
 
 def _said_by(caption: str, product: CatalogueProduct, trait: str) -> str | None:
@@ -118,8 +123,7 @@ def hidden_accuracy(
     shares = []
     for product in products:
         asked = product if others is None else others[product.item_id]
-        hidden = [trait for trait in asked.hidden() if trait in asked.traits and can_be_said(asked, trait)]
-        if hidden:
+        if hidden := hidden_traits(asked):
             caption = captions[product.item_id]
             shares.append(sum(_said_by(caption, asked, trait) == asked.traits[trait] for trait in hidden) / len(hidden))
     return bootstrap_interval(shares, seed=seed) | {"num_products": len(shares)}

@@ -150,7 +150,7 @@ def said(caption: str, trait: str, values: Collection[str]) -> str | None:
         trait: One of `HEAD` or `PARTS`.
         values: All that the trait may be.
     """
-    text = " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
+    text = _spaced(caption)
     head = re.split(r" (?:with|having|\.)(?: |$)", text)[0]
     for value in sorted(values, key=len, reverse=True):
         if trait in HEAD:
@@ -160,3 +160,13 @@ def said(caption: str, trait: str, values: Collection[str]) -> str | None:
         if any(f" {reading} " in f" {head if trait in HEAD else text} " for reading in readings):
             return value
     return None
+
+
+def says_noun(caption: str, family: str) -> bool:
+    """Whether a caption calls a product by one of its family's nouns."""
+    return any(f" {noun} " in f" {_spaced(caption)} " for noun in NOUNS[family])
+
+
+def _spaced(caption: str) -> str:
+    """In small letters, words and marks apart."""
+    return " ".join(caption.lower().replace(".", " . ").replace(",", " , ").split())
