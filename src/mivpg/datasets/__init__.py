@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from mivpg.bags import Sample
 from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.bag_file import BagFileConfig
+from mivpg.datasets.coco import CocoConfig
+from mivpg.datasets.patch_gastric import PatchGastricConfig
 from mivpg.errors import MivpgError
 
 
@@ -16,6 +18,10 @@ class DatasetConfig:
     """The user's own data, a line a bag."""
     abo: AboConfig | None = None
     """Amazon Berkeley Objects."""
+    patch_gastric: PatchGastricConfig | None = None
+    """PatchGastricADC22."""
+    coco: CocoConfig | None = None
+    """MSCOCO captions in Karpathy's split."""
 
     def load(self) -> list[Sample]:
         """Reads the records of the data set; pictures and features stay closed.

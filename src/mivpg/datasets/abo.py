@@ -10,20 +10,18 @@ which are read without running any code in them. A product without captions is l
 """
 
 import csv
-import gzip
 import json
 import logging
 import pickle
-import zlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Literal, TextIO
+from typing import Any, BinaryIO, ClassVar, Literal
 
 from mivpg.bags import Sample, assign_splits
 from mivpg.errors import MivpgError
+from mivpg.files import check_columns, open_text, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +142,7 @@ def _read_listings(root: Path) -> Iterator[_Listing]:
     if not paths:
         raise MivpgError(f"{root} has no {LISTINGS}, expected the folder into which abo-listings.tar was unpacked.")
     for path in paths:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             for line, text in enumerate(file, start=1):
                 try:
                     yield _listing(json.loads(text))
@@ -169,15 +167,15 @@ def _listing(record: dict[str, Any]) -> _Listing:
 
 def _read_image_paths(path: Path, image_ids: set[str]) -> dict[str, str]:
     """The paths, below a folder of photos, of the images asked for."""
-    with _open_text(path) as file:
+    with open_text(path) as file:
         rows = csv.DictReader(file)
-        _check_columns(path, rows, ("image_id", "path"))
+        check_columns(path, rows, ("image_id", "path"))
         return {row["image_id"]: row["path"] for row in rows if row["image_id"] in image_ids and row["path"]}
 
 
 def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     """The references of each item, from whichever kind of file."""
-    readers = {".json": _read_json, ".csv": _read_csv, ".pkl": _read_pickle}
+    readers = {".json": read_json, ".csv": _read_csv, ".pkl": _read_pickle}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise MivpgError(f"{path} ends in {path.suffix!r}, expected captions, {', '.join(readers)}.")
@@ -194,28 +192,14 @@ def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     return {item_id: tuple(captions) for item_id, captions in data.items() if captions}
 
 
-def _read_json(path: Path) -> Any:
-    with _open_text(path) as file:
-        try:
-            return json.load(file)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise MivpgError(f"{path} is not JSON: {error}.") from None
-
-
 def _read_csv(path: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = defaultdict(list)
-    with _open_text(path) as file:
+    with open_text(path) as file:
         rows = csv.DictReader(file)
-        _check_columns(path, rows, ("item_id", "caption"))
+        check_columns(path, rows, ("item_id", "caption"))
         for row in rows:
             captions[row["item_id"]].append(row["caption"])
     return captions
-
-
-def _check_columns(path: Path, rows: csv.DictReader, expected: tuple[str, ...]) -> None:
-    found = rows.fieldnames or []
-    if not set(expected) <= set(found):
-        raise MivpgError(f"{path} has the columns {', '.join(found) or '(none)'}, expected {' and '.join(expected)}.")
 
 
 def _read_pickle(path: Path) -> Any:
@@ -253,19 +237,3 @@ class _DataUnpickler(pickle.Unpickler):
                 f"{self.path} wants to run {f'{module}.{name}'!r}, expected a pickle of plain dicts and lists."
             )
         return allowed
-
-
-@contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
-    """A text file, compressed if its name ends in .gz; what is wrong with its bytes becomes one line."""
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8-sig", newline="") as file:
-                yield file
-        else:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                yield file
-    except FileNotFoundError:
-        raise MivpgError(f"{path} does not exist.") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise MivpgError(f"{path} cannot be read: {' '.join(str(error).split())}.") from None
