@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -32,7 +34,7 @@ from mivpg import (
     extract_features,
 )
 from mivpg.bags import one_pair_a_reference, read_features
-from mivpg.features import _open_batches, file_name
+from mivpg.features import _open_batches, _share_of, file_name
 from tiny import randomize_added_weights
 
 NUM_IMAGES = (2, 1, 5, 3)
@@ -192,7 +194,7 @@ class TestExtracting:
         pixels = processor.pixels
         monkeypatch.setattr(processor, "pixels", lambda bag: (opened.append(bag[0]), pixels(bag))[1])
         paths = [path for sample in samples for path in sample.images]
-        with closing(_open_batches(processor, samples, 3)) as batches:
+        with closing(_open_batches(processor, samples, {sample.id for sample in samples}, 3)) as batches:
             for number, batch in enumerate(batches, start=1):
                 assert [image.pixel_values.shape for image in batch] == [(1, 3, 28, 28)] * len(batch)
                 deadline = time.monotonic() + 10
@@ -210,8 +212,55 @@ class TestExtracting:
         assert "3/11 [" in terminal.getvalue()  # where the second began
         assert "image/s]" in terminal.getvalue()
 
+    def test_first_tokens_alone(self, tmp_path, model, processor, samples):
+        of_all = extract_features(model, processor, samples, tmp_path / "all", batch_size=4)
+        of_cls = extract_features(model, processor, samples, tmp_path / "cls", batch_size=4, tokens="cls")
+        assert torch.equal(stored(of_cls), stored(of_all)[:, :1])
+
+    def test_it_says_how_much_there_is_to_do(self, tmp_path, model, processor, samples, caplog):
+        caplog.set_level("INFO", "mivpg.features")
+        extract_features(model, processor, samples[:2], tmp_path / "store", batch_size=2)
+        extract_features(model, processor, samples, tmp_path / "store", batch_size=2)
+        extract_features(model, processor, samples, tmp_path / "store", batch_size=2)
+        size = 8 * stored(extract_features(model, processor, samples, tmp_path / "store"))[0].nbytes / 1e6
+        assert [record.message.split(": ", 1)[1] for record in caplog.records] == [
+            f"3 images of 2 bags to see, 0 bags there already; {3 * size / 8:.1f} MB, about 1 minutes.",
+            f"8 images of 2 bags to see, 2 bags there already; {size:.1f} MB, about 1 minutes.",
+        ]
+
 
 class TestGoingOn:
+    @pytest.mark.parametrize("there", [(0,), (1, 2), (0, 3), (2,)])
+    def test_the_bytes_do_not_depend_on_what_was_there(self, tmp_path, model, processor, samples, there):
+        extract_features(model, processor, samples, tmp_path / "one go", batch_size=4)
+        extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
+        for index in {0, 1, 2, 3} - set(there):
+            (tmp_path / "store" / file_name(samples[index].id)).unlink()
+        extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
+        assert contents(tmp_path / "store") == contents(tmp_path / "one go")
+
+    @pytest.mark.parametrize("number", [1, 2, 3, 7])
+    def test_processes_share_the_bags(self, samples, number):
+        shares = [_share_of(samples, index, number) for index in range(number)]
+        assert [bag for share in shares for bag in share] == samples
+
+    def test_two_processes_and_ten_kills_give_the_same_bytes(self, tmp_path, blip2_folder, samples):
+        """What a run in one go stores, `torchrun` with two processes and a run killed ten times store."""
+        table = tmp_path / "bags.jsonl"
+        lines = (json.dumps({"id": s.id, "images": [str(path) for path in s.images]}) + "\n" for s in samples)
+        table.write_text("".join(lines))
+
+        alone = [sys.executable, str(Path(__file__).with_name("extraction_script.py")), str(blip2_folder), str(table)]
+        subprocess.run([*alone, str(tmp_path / "one go")], check=True, capture_output=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *alone[1:]]
+        subprocess.run([*torchrun, str(tmp_path / "two")], check=True, capture_output=True)
+        kills = subprocess.run([*alone, str(tmp_path / "killed"), "10"], check=True, capture_output=True, text=True)
+        assert int(kills.stdout) == 10
+        expected = contents(tmp_path / "one go")
+        assert len(expected) == 5
+        assert contents(tmp_path / "two") == expected
+        assert contents(tmp_path / "killed") == expected
+
     def test_what_is_there_is_not_done_again(self, tmp_path, model, processor, samples):
         first = extract_features(model, processor, samples[:2], tmp_path / "store")
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
@@ -219,7 +268,7 @@ class TestGoingOn:
         assert extract_features(model, processor, samples[:2], tmp_path / "store") == first
         assert sizes == []
         extracted = extract_features(model, processor, samples, tmp_path / "store")
-        assert sizes == [8]
+        assert sizes == [11]  # the batch as it would have been, of which three images are there already
         assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
         torch.testing.assert_close(stored(extracted), from_pixels(model, processor, samples, 11), atol=1e-5, rtol=0)
 
@@ -275,7 +324,7 @@ class TestNames:
             assert sample.features.name[0] not in "-."
             assert len(sample.features.name) < 100
             with safe_open(sample.features, framework="pt") as file:
-                assert json.loads(file.metadata()["id"]) == sample.id
+                assert json.loads(file.metadata()["made_of"])["id"] == sample.id
 
     def test_names_are_readable_and_stay(self):
         assert file_name("TCGA-02/slide 1.svs") == (

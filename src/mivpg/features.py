@@ -4,23 +4,32 @@
 
 A bag is one safetensors file, which `read_features` reads. `features.json` beside them says what made them all, and
 each file's metadata says of which images, so that features of two kinds are never mixed.
+
+The vision model sees the images of all bags in the same batches whatever is stored already and however many processes
+share the work, since the last bits of a feature depend on its batch: a run that was killed ends with the same bytes as
+one that was not.
 """
 
 # N images a bag, n images of a batch, whatever their bags, P patch tokens an image, D vision width
 
 import hashlib
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import PIL
 import torch
+import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -34,7 +43,16 @@ from mivpg.files import write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
 
+logger = logging.getLogger(__name__)
+
+Tokens = Literal["all", "cls"]
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MADE_OF = "made_of"
+"""In the metadata of a bag's file: its id and its images, as JSON."""
+FOUND_AS = "found_as"
+"""In `features.json`, what is good to know and decides nothing: where the model came from, and library versions."""
 
 
 @torch.no_grad()
@@ -44,21 +62,25 @@ def extract_features(
     samples: Sequence[Sample],
     folder: Path,
     *,
+    tokens: Tokens = "all",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> list[Sample]:
     """Runs the frozen vision model once on every image of every bag, with a progress bar on a terminal.
 
     A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). A bag
-    whose file is there is not done again, so an interrupted run goes on when it is started again.
+    whose file is there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each
+    process does its share of the bags.
 
     Args:
         model: Sees in eval mode and is left in the mode it was found in.
         processor: The model's.
         samples: Bags of images; one that stands here several times, with other captions, is done once.
         folder: The store; made where it does not exist.
+        tokens: `all` that the vision model gives of an image, or its first, `cls`, alone: P = 1.
         dtype: Of the stored features. float32 keeps what the model computed, 16 bits halve the store.
-        batch_size: Images that the vision model sees at once; bags of several sizes fill a batch.
+        batch_size: Images that the vision model sees at once; bags of several sizes fill a batch. Another one can
+            change the last bits of a feature.
 
     Returns:
         The samples with `features` in place of `images`.
@@ -66,24 +88,38 @@ def extract_features(
     Raises:
         BagError: A bag cannot be read, or `dtype` cannot hold its features; bags that were written are kept.
         MivpgError: There is no vision model, or the store was made otherwise: by another vision model, with other
-            settings of the image processor, in another dtype, or of images or coordinates that have changed since.
+            settings of the image processor, of other tokens, in another dtype, with another release of Pillow, or of
+            images or coordinates that have changed since.
     """
     check_batch_size(batch_size)
     if dtype not in DTYPES:
         raise MivpgError(f"dtype is {dtype}, expected one of {', '.join(map(str, DTYPES))}.")
+    if tokens not in get_args(Tokens):
+        raise MivpgError(f"tokens is {tokens!r}, expected all or cls.")
     if model.vision_model is None or processor.image_processor is None:
         raise MivpgError("Features are made of images, but this model has no vision model or no image processor.")
+    if tokens == "cls" and model.config.num_prefix_tokens == 0:
+        raise MivpgError("tokens is 'cls', but this vision model has no such token; its images are patches alone.")
     bags = _distinct(samples)
-    _claim(folder, _maker(model.vision_model, processor.image_processor, dtype))
-    missing = []
-    for bag in tqdm(bags, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
+    maker = _maker(model.vision_model, processor.image_processor) | {
+        "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    process = PartialState(cpu=model.device.type == "cpu")
+    with process.main_process_first():
+        _claim(folder, maker, of_model=model)
+    missing = set()
+    mine = _share_of(bags, process.process_index, process.num_processes)
+    for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
         if (file := folder / file_name(bag.id)).exists():
             _check_is_made_of(file, bag)
         else:
-            missing.append(bag)
+            missing.add(bag.id)
 
-    num_images, num_missing = (sum(len(bag.images) for bag in some) for some in (bags, missing))
-    opened = _open_batches(processor, missing, batch_size)
+    num_images = sum(len(bag.images) for bag in mine)
+    num_missing = sum(len(bag.images) for bag in mine if bag.id in missing)
+    opened = _open_batches(processor, bags, missing, batch_size)
+    announced = False
     was_training = model.training
     model.eval()
     try:
@@ -94,9 +130,19 @@ def extract_features(
         ):
             seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
             for batch in opened:
+                start = time.monotonic()
                 pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
                 image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
-                for image, row in zip(batch, image_embeds.to("cpu", dtype), strict=True):
+                if tokens == "cls":
+                    image_embeds = image_embeds[:, :1]
+                rows = image_embeds.to("cpu", dtype)
+                if not announced:
+                    announced = True
+                    seconds = (time.monotonic() - start) * num_missing / len(batch)
+                    _announce(folder, mine, missing, num_missing * rows[0].nbytes, seconds)
+                for image, row in zip(batch, rows, strict=True):
+                    if image.bag.id not in missing:
+                        continue
                     seen.append((image.origin, row))
                     if len(seen) == len(image.bag.images):
                         _write_bag(folder, image.bag, seen)
@@ -104,6 +150,7 @@ def extract_features(
                     progress.update()
     finally:
         model.train(was_training)
+    process.wait_for_everyone()
     return [replace(sample, images=(), features=folder / file_name(sample.id)) for sample in samples]
 
 
@@ -132,6 +179,33 @@ def _distinct(samples: Sequence[Sample]) -> list[Sample]:
     return list(bags.values())
 
 
+def _share_of(bags: list[Sample], index: int, number: int) -> list[Sample]:
+    """The bags that one of several processes does: neighbours, of about as many images as the others'."""
+    num_images = sum(len(bag.images) for bag in bags)
+    share, before = [], 0
+    for bag in bags:
+        if before * number // num_images == index:
+            share.append(bag)
+        before += len(bag.images)
+    return share
+
+
+def _announce(folder: Path, bags: list[Sample], missing: set[str], num_bytes: int, seconds: float) -> None:
+    """Says what is to be done, after the first batch, which tells how large and how slow it is."""
+    num_images = sum(len(bag.images) for bag in bags if bag.id in missing)
+    size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    span = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(round(seconds / 60), 1)} minutes"
+    logger.info(
+        "%s: %d images of %d bags to see, %d bags there already; %s, about %s.",
+        folder,
+        num_images,
+        len(missing),
+        len(bags) - len(missing),
+        size,
+        span,
+    )
+
+
 # ── From images to features ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -147,14 +221,19 @@ class _OpenedImage:
 
 
 def _open_batches(
-    processor: MivpgProcessor, bags: Sequence[Sample], batch_size: int
+    processor: MivpgProcessor, bags: Sequence[Sample], missing: set[str], batch_size: int
 ) -> Generator[list[_OpenedImage], None, None]:
-    """Batches of the images of all bags in order; the next is opened while the model sees one."""
+    """Those batches of the images of all bags in order that hold one of a missing bag.
+
+    The next is opened while the model sees one.
+    """
     images = ((bag, path) for bag in bags for path in bag.images)
+    batches = iter(lambda: list(islice(images, batch_size)), [])
+    needed = (batch for batch in batches if any(bag.id in missing for bag, _ in batch))
     readers = ThreadPoolExecutor(NUM_READERS)
 
     def open_batch() -> list[Future[_OpenedImage]]:
-        return [readers.submit(_open, processor, bag, path) for bag, path in islice(images, batch_size)]
+        return [readers.submit(_open, processor, bag, path) for bag, path in next(needed, [])]
 
     try:
         batch = open_batch()
@@ -179,8 +258,9 @@ def _write_bag(folder: Path, bag: Sample, seen: list[tuple[list[Any], Tensor]]) 
         raise BagError(f"bag {bag.id!r}: features hold NaN or infinity as {dtype}; bfloat16 and float32 hold the most.")
     if (coords := _coords(bag)) is not None:
         tensors["coords"] = coords
-    metadata = {"id": json.dumps(bag.id), "images": json.dumps([origin for origin, _ in seen])}
-    write_whole(folder / file_name(bag.id), save(tensors, metadata))
+    made_of = {"id": bag.id, "images": [origin for origin, _ in seen]}
+    # One entry, since safetensors writes several in no order.
+    write_whole(folder / file_name(bag.id), save(tensors, {MADE_OF: json.dumps(made_of)}))
 
 
 def _coords(bag: Sample) -> Tensor | None:
@@ -191,14 +271,14 @@ def _coords(bag: Sample) -> Tensor | None:
 # ── What made a store, and of what ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _maker(vision_model: nn.Module, image_processor: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _maker(vision_model: nn.Module, image_processor: Any) -> dict[str, Any]:
     """What decides, beside an image, what its features are."""
     settings = json.loads(image_processor.to_json_string())
     settings["image_processor_type"] = type(image_processor).__name__  # with the backend, which the settings leave out
     settings.pop("processor_class", None)  # says who holds it
     return {
         "vision_model": _weights_digest(vision_model),
-        "dtype": str(dtype).removeprefix("torch."),
+        "pillow": PIL.__version__,
         # A setting that is not set may be one that another release of transformers does not know.
         **{f"image_processor.{name}": value for name, value in settings.items() if value is not None},
     }
@@ -213,8 +293,8 @@ def _weights_digest(module: nn.Module) -> str:
     return sha256.hexdigest()
 
 
-def _claim(folder: Path, maker: dict[str, Any]) -> None:
-    """Makes the store, or checks that it was made by the same.
+def _claim(folder: Path, maker: dict[str, Any], of_model: MivpgVisualPromptModel) -> None:
+    """Makes the store, or checks that it was made by the same; under which name the model was found may differ.
 
     Raises:
         MivpgError: It was made by something else, or nothing says by what.
@@ -227,9 +307,17 @@ def _claim(folder: Path, maker: dict[str, Any]) -> None:
                 f"{folder} holds safetensors files, but no features.json that says what made them; {remedy}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(maker, indent=2).encode())  # before the first bag: none is without it
+        found_as = {
+            "model": of_model.name_or_path,
+            "revision": getattr(of_model.config, "_commit_hash", None),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        record = maker | {FOUND_AS: found_as}
+        write_whole(file, json.dumps(record, indent=2).encode())  # before the first bag: none is without it
         return
     found = read_record(file.read_bytes())
+    found.pop(FOUND_AS, None)
     for name in found | maker:
         if found.get(name) != maker.get(name):
             raise MivpgError(
@@ -258,7 +346,7 @@ def _check_is_made_of(file: Path, bag: Sample) -> None:
     remedy = f"delete the file to extract bag {bag.id!r} anew."
     try:
         with safe_open(file, framework="pt") as stored:
-            origins = json.loads((stored.metadata() or {}).get("images", "[]"))
+            origins = json.loads((stored.metadata() or {}).get(MADE_OF, "{}")).get("images", [])
             coords = stored.get_tensor("coords").tolist() if "coords" in stored.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise MivpgError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from None
