@@ -1,15 +1,16 @@
 """A bag file becomes samples; what is wrong with it gets one line that names the file, the line and the field."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mivpg.bags import BagDataset, check_bags, select
+from mivpg.bags import BagDataset, Sample, check_bags, select
 from mivpg.datasets import AboConfig, DatasetConfig
-from mivpg.datasets.bag_file import BagFileConfig, load_bag_file
+from mivpg.datasets.bag_file import BagFileConfig, load_bag_file, write_bag_file
 from mivpg.errors import BagError, MivpgError
 
 
@@ -41,6 +42,30 @@ def test_every_field_arrives(tmp_path):
     assert (first.prompt, first.label, first.group, first.split) == ("", "sofa", "g", "val")
     assert (second.id, second.images, second.features) == ("7", (), tmp_path / "7.npy")
     assert (second.prompt, second.label, second.group, second.split) == (None, None, None, "all")
+
+
+def test_what_is_written_is_read_as_the_same_samples(tmp_path):
+    samples = [
+        Sample(
+            id="a",
+            images=(tmp_path / "x" / "1.jpg", tmp_path / "2.jpg"),
+            image_coords=((0.0, 1.5), (2.0, 3.0)),
+            captions=("one", "zwei Stühle"),
+            prompt="",
+            label="sofa",
+            group="g",
+            split="val",
+        ),
+        Sample(id="b", features=tmp_path / "store" / "b.safetensors", captions=("two",)),
+        Sample(id="c", images=(tmp_path / "3.jpg",), split="all"),
+    ]
+    write_bag_file(tmp_path / "bags" / "all.jsonl", samples)
+    read = load_bag_file(tmp_path / "bags" / "all.jsonl")
+    resolved = [
+        replace(s, images=tuple(p.resolve() for p in s.images), features=s.features and s.features.resolve())
+        for s in read
+    ]
+    assert resolved == samples
 
 
 def test_csv_and_json_lines_say_the_same(tmp_path):

@@ -352,6 +352,21 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     assert "1 more bags could not be read" in out
 
 
+def test_extract_fills_a_store_that_train_takes(world, trained, tmp_path, caplog):
+    config = world.config(tmp_path)
+    model = trained[0] / "best"
+    (line,) = done("extract", config, "--model", model, "--out", tmp_path / "features").splitlines()
+    bags = Path(line)
+    assert bags == tmp_path / "features" / "best_28px_all_float16" / "bags.jsonl"
+    assert {bag["split"] for bag in lines_of(bags)} == {"train", "val", "test"}
+    done("extract", config, "--model", model, "--out", tmp_path / "features", "--tokens", "cls")
+    assert (tmp_path / "features" / "best_28px_cls_float16" / "bags.jsonl").exists()
+
+    fields = {"dataset": {"bag_file": {"path": str(bags)}}, "output_dir": str(tmp_path / "from store")}
+    done("train", world.config(tmp_path, **fields), "--learning-rate", 0.01)
+    assert (tmp_path / "from store" / "best").is_dir()
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -185,6 +185,78 @@ def caption(
     print(f"{out}: {counts.num_bags} bags, {counts.num_failed} of them could not be read.")
 
 
+extract_app = App(name="extract", help="Run the frozen vision model once on every image of a data set.", help_flags=[])
+app.command(extract_app)
+
+
+@extract_app.default
+def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+    """Run the frozen vision model once on every image of a data set.
+
+    mivpg extract CONFIG.yaml --model DIR --out DIR [--FIELD VALUE …]; of the file the data set is read.
+    """
+    from mivpg.datasets import DatasetConfig
+
+    def start(
+        *,
+        model: Annotated[str, Parameter(name="--model")],
+        dataset: DatasetConfig,
+        out: Path,
+        tokens: Literal["all", "cls"] = "all",
+        store_dtype: Literal["float32", "bfloat16", "float16"] = "float16",
+        batch_size: int = 64,
+        dtype: Dtype = "auto",
+    ) -> None:
+        """Run the frozen vision model once on every image of a data set.
+
+        Under `torchrun --nproc-per-node N --no-python mivpg extract …` each process does its share. An interrupted
+        run goes on when it is started again.
+
+        Args:
+            model: Whose vision model sees: a run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
+            dataset: As in the YAML file of the training run, which may be given first.
+            out: The store becomes a folder in it, named after what made it, with a bag file for `mivpg train`.
+            tokens: All that the vision model gives of an image, or its first token alone.
+            store_dtype: Of the stored features; float32 keeps all bits, the others half of them.
+            batch_size: Images that the vision model sees at once.
+            dtype: Of the vision model; auto is as it is stored.
+        """
+        run_extraction(model, dataset.load(), out, tokens, store_dtype, batch_size, dtype)
+
+    parse("mivpg extract CONFIG.yaml", start, arguments, only=("dataset",))
+
+
+def run_extraction(
+    model: str,
+    samples: "list[Sample]",
+    out: Path,
+    tokens: Literal["all", "cls"],
+    store_dtype: str,
+    batch_size: int,
+    dtype: Dtype,
+) -> None:
+    """Loads the model, fills the store and writes its bag file."""
+    import torch
+
+    from mivpg.datasets.bag_file import write_bag_file
+    from mivpg.features import extract_features, store_name
+
+    loaded, processor = load(model, dtype)
+    folder = out / store_name(Path(model).name, processor, tokens, store_dtype)
+    extracted = extract_features(
+        loaded,
+        processor,
+        samples,
+        folder,
+        tokens=tokens,
+        dtype=getattr(torch, store_dtype),
+        batch_size=batch_size,
+    )
+    if is_first_process():
+        write_bag_file(folder / "bags.jsonl", extracted)
+        print(folder / "bags.jsonl")
+
+
 evaluate_app = App(
     name="evaluate", help="Caption a split and score it, beside floors that cost nothing.", help_flags=[]
 )
@@ -440,7 +512,8 @@ def load(model: str | None, dtype: Dtype) -> "tuple[MivpgForConditionalGeneratio
     loaded = MivpgForConditionalGeneration.from_pretrained(model, dtype=dtype)
     processor = MivpgProcessor.from_pretrained(model)
     processor.check_model(loaded.config)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return loaded.to(device), processor
 
 
 def quiet_transformers() -> None:

@@ -35,7 +35,7 @@ from mivpg.bags import BagCollator, BagDataset, Sample, read_features, select
 from mivpg.captioning import GenerationOptions, caption_file, read_captions
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
-from mivpg.datasets.bag_file import BagFileConfig
+from mivpg.datasets.bag_file import BagFileConfig, write_bag_file
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
 from mivpg.features import extract_features
@@ -195,7 +195,7 @@ def _bag_files(out: Path, samples: list[Sample], truth: Mapping[str, CataloguePr
         _recombine(out / "features" / "swapped", test[bag_id], test[partner]) for bag_id, partner in partners.items()
     ]
     for name, those in bags.items():
-        _write_bag_file(out / f"{name}.jsonl", those)
+        write_bag_file(out / f"{name}.jsonl", those)
     return bags
 
 
@@ -209,21 +209,6 @@ def _recombine(folder: Path, sample: Sample, other: Sample | None) -> Sample:
             rows.append(read_features(other.features)[0][1:])
         write_whole(file, save({"image_embeds": torch.cat(rows).half()}))
     return replace(sample, features=file)
-
-
-def _write_bag_file(path: Path, samples: Sequence[Sample]) -> None:
-    """A bag file, with which `mivpg train` and `mivpg evaluate` can repeat what the demo does."""
-    lines = (
-        {
-            "id": sample.id,
-            "features": os.path.relpath(sample.features or "", path.parent),
-            "captions": sample.captions,
-            "label": sample.label,
-            "split": sample.split,
-        }
-        for sample in samples
-    )
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 # ── Arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -161,6 +161,15 @@ def file_name(bag_id: str) -> str:
     return f"{readable}-{digest}.safetensors".lstrip("-")
 
 
+def store_name(model: str, processor: MivpgProcessor, tokens: Tokens, dtype: str) -> str:
+    """A name for a store that says what is in it: "blip2-opt-2.7b_224px_cls_float16"."""
+    size = (
+        getattr(processor.image_processor, "crop_size", None) or getattr(processor.image_processor, "size", None) or {}
+    )
+    pixels = "x".join(str(side) for side in dict.fromkeys(dict(size).values()))
+    return f"{model}_{pixels}px_{tokens}_{dtype}"
+
+
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:
     """Each bag once.
 

@@ -13,6 +13,7 @@ caption) is found when that bag is opened, so that one bad bag does not stop a r
 import csv
 import difflib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from mivpg.bags import SPLITS, Sample, Split, assign_splits
 from mivpg.errors import MivpgError
+from mivpg.files import write_whole
 
 CSV_FIELDS = ("id", "images", "features", "captions", "prompt", "label", "group", "split")
 FIELDS = (*CSV_FIELDS, "coords")
@@ -79,6 +81,28 @@ def load_bag_file(path: Path) -> list[Sample]:
         raise MivpgError(f"{path} holds no bag, expected one a line.")
     _check_splits(path, samples)
     return samples
+
+
+def write_bag_file(path: Path, samples: Iterable[Sample]) -> None:
+    """Writes bags of images or of features as JSON lines, which `load_bag_file` reads as the same samples.
+
+    Paths in it are relative to the file, so it can be moved together with what it names.
+    """
+    lines = []
+    for sample in samples:
+        record: dict[str, Any] = {"id": sample.id}
+        if sample.images:
+            record["images"] = [os.path.relpath(image, path.parent) for image in sample.images]
+        if sample.features is not None:
+            record["features"] = os.path.relpath(sample.features, path.parent)
+        if sample.image_coords is not None and sample.features is None:  # a features file holds its own
+            record["coords"] = sample.image_coords
+        if sample.captions:
+            record["captions"] = sample.captions
+        others = {"prompt": sample.prompt, "label": sample.label, "group": sample.group, "split": sample.split}
+        record |= {name: value for name, value in others.items() if value is not None}
+        lines.append(json.dumps(record) + "\n")
+    write_whole(path, "".join(lines))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
