@@ -56,7 +56,7 @@ def test_what_is_written_is_read_as_the_same_samples(tmp_path):
             group="g",
             split="val",
         ),
-        Sample(id="b", features=tmp_path / "store" / "b.safetensors", captions=("two",)),
+        Sample(id="b", features=tmp_path / "store" / "b.safetensors", captions=("two",), split="train"),
         Sample(id="c", images=(tmp_path / "3.jpg",), split="all"),
     ]
     write_bag_file(tmp_path / "bags" / "all.jsonl", samples)
