@@ -154,8 +154,34 @@ class TestData:
         assert num_said > 120
 
     def test_every_text_begins_with_the_prompt(self):
-        texts = [make_text(0, index) for index in range(100)] + [make_picture("test", index).text for index in range(5)]
+        texts = [make_text(0, index).text for index in range(100)]
+        texts += [make_picture("test", index).text for index in range(5)]
         assert all(text.startswith(f"{PROMPT} a") for text in texts)
+
+    def test_a_text_speaks_of_its_keywords_alone(self):
+        every_value = {
+            (trait, value) for family in FAMILIES.values() for trait, vs in family.traits.items() for value in vs
+        }
+        num_said = 0
+        for text in (make_text(0, index) for index in range(200)):
+            if not text.keywords:
+                continue
+            words = " ".join(text.keywords)
+            for trait in {trait for trait, _ in every_value}:
+                spoken = said(text.text, trait, {value for other, value in every_value if other == trait})
+                if spoken is not None:
+                    assert all(word in words.split() for word in spoken.split()), (text, trait)
+                    num_said += 1
+        assert num_said > 500
+
+    def test_a_keyword_is_the_sum_of_its_tokens(self):
+        model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
+        tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
+        words = ["striped back", "sofa", "four thin legs"]
+        embed = model.get_input_embeddings()
+        expected = [sum(embed(torch.tensor(token)) for token in tokenizer(f" {w}")["input_ids"]) for w in words]
+        assert torch.allclose(base.keyword_embeds(model, tokenizer, words), torch.stack(expected), atol=1e-6)
+        assert base.keyword_embeds(model, tokenizer, []).shape == (0, embed.weight.shape[1])
 
     def test_pictures_depend_on_stream_and_index_alone(self):
         random.seed(0)

@@ -1,6 +1,8 @@
 """The recipe of the miniature base model: a BLIP-2 of two million parameters that comes with the package.
 
-1. A byte-level tokenizer and a small Llama learn the words and the manner of speech of `wording`, from text alone.
+1. A byte-level tokenizer and a small Llama learn the words and the manner of speech of `wording`, from text alone: to
+   write a sentence from keywords in any order. A keyword is one vector, the sum of its tokens' embeddings. A language
+   model of this size that has only read sentences cannot be told by visual prompts what no picture told it before.
 2. A small ViT learns which traits a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has
    learned before BLIP-2 sees it.
 3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
@@ -48,7 +50,7 @@ from mivpg.errors import MivpgError
 from mivpg.miniature.catalogue import PHOTO_SIZE
 from mivpg.miniature.processes import in_processes
 from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, Product, draw_product, photograph
-from mivpg.miniature.wording import HEAD, PARTS, picture_description, reference, said, says_noun
+from mivpg.miniature.wording import HEAD, PARTS, keywords, picture_description, reference, said, says_noun
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,10 @@ PROMPT = "a photo of"
 
 IMAGE_SIZE, PATCH_SIZE = 96, 12
 NUM_QUERIES = 16
-VOCABULARY_SIZE = 512
+VOCABULARY_SIZE = 1024
+"""At most; every word of `wording` is one token, and then there is nothing left to join."""
+SHARE_WITH_KEYWORDS = 0.9
+"""Of the texts; the others are written out of nothing."""
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 LOG_FILE = "training_log.jsonl"
@@ -78,7 +83,7 @@ class Recipe:
     text_batch: int = 96
     num_pictures: int = 24_000
     vision_steps: int = 3000
-    language_steps: int = 1600
+    language_steps: int = 2000
     picture_batch: int = 64
     save_every: int = 250
 
@@ -118,6 +123,15 @@ NUM_CLASSES = len(FAMILIES) + len(TRAIT_VALUES)
 
 
 @dataclass(frozen=True)
+class Text:
+    """A text that the recipe trains on."""
+
+    keywords: list[str]
+    """Of what it speaks, and of more."""
+    text: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """A picture that the recipe trains on."""
 
@@ -131,14 +145,15 @@ class Picture:
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_text(seed: int, index: int) -> str:
+def make_text(seed: int, index: int) -> Text:
     """A text about a product that nobody has drawn: more often a reference than a description of one picture."""
     generator = random.Random(f"text {seed} {index}")
     product = draw_product(generator)
     hidden = {trait for trait in HIDDEN_TRAITS if generator.random() < 0.65}
     seen = {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
     write = reference if generator.random() < 0.65 else picture_description
-    return f"{PROMPT} {write(product, seen, generator)}"
+    words = keywords(product, seen, generator) if generator.random() < SHARE_WITH_KEYWORDS else []
+    return Text(words, f"{PROMPT} {write(product, seen, generator)}")
 
 
 def make_picture(stream: str, index: int) -> Picture:
@@ -249,12 +264,28 @@ def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def text_loss(model: Blip2ForConditionalGeneration, tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """Of the language model on texts alone."""
-    ids = [[tokenizer.bos_token_id, *row, tokenizer.eos_token_id] for row in tokenizer(list(texts))["input_ids"]]
-    labels = pad(ids, -100)
+def keyword_embeds(model: Blip2ForConditionalGeneration, tokenizer: Any, words: Sequence[str]) -> Tensor:
+    """One vector a keyword, (n, H), the sum of its tokens' embeddings."""
+    embedding = model.language_model.get_input_embeddings().weight
+    if not words:
+        return embedding[:0]
+    rows = tokenizer([f" {word}" for word in words])["input_ids"]
+    starts = np.cumsum([0, *map(len, rows[:-1])])
+    flat = torch.tensor([token for row in rows for token in row])
+    return F.embedding_bag(flat, embedding, torch.from_numpy(starts), mode="sum")
+
+
+def text_loss(model: Blip2ForConditionalGeneration, tokenizer: Any, texts: Sequence[Text]) -> Tensor:
+    """Of the language model on texts alone, each after its keywords."""
+    counts = [len(text.keywords) for text in texts]
+    before = keyword_embeds(model, tokenizer, [word for text in texts for word in text.keywords]).split(counts)
+    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer([text.text for text in texts])["input_ids"]]
+    embed = model.language_model.get_input_embeddings()
+    rows = [torch.cat([words, embed(torch.tensor(row))]) for words, row in zip(before, ids, strict=True)]
     return model.language_model(
-        input_ids=pad(ids, tokenizer.pad_token_id), attention_mask=(labels != -100).long(), labels=labels
+        inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        attention_mask=pad([[1] * len(row) for row in rows], 0),
+        labels=pad([[-100] * count + row for count, row in zip(counts, ids, strict=True)], -100),
     ).loss
 
 
@@ -316,7 +347,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     start = time.monotonic()
     texts = [make_text(recipe.seed, index) for index in range(recipe.num_texts)]
     torch.manual_seed(recipe.seed)
-    tokenizer = make_tokenizer(texts)
+    tokenizer = make_tokenizer([" ".join(["", *text.keywords, text.text]) for text in texts])
     processor = make_processor(tokenizer)
     model = Blip2ForConditionalGeneration(base_config(tokenizer))
     model.query_tokens.data.normal_(std=0.02)
@@ -345,7 +376,8 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
         batch = [pictures[index] for index in chosen]
         losses: dict[str, Tensor] = {}
         if stage == "vision":
-            tokens = model.vision_model(pixel_values(processor, batch)).last_hidden_state
+            pixels = [p.flip(-1) if generator.random() < 0.5 else p for p in pixel_values(processor, batch)]
+            tokens = model.vision_model(torch.stack(pixels)).last_hidden_state
             losses["class"] = class_loss(heads["vision"], tokens, batch)
         elif stage == "language":
             assert image_embeds is not None

@@ -19,7 +19,7 @@ Color = tuple[float, float, float]
 """Red, green and blue, 0 to 255."""
 Vector = tuple[float, float, float]
 
-Pattern = Literal["plain", "striped", "dotted", "checked", "crossed"]
+Pattern = Literal["plain", "striped", "dotted", "checked"]
 Material = Literal["fabric", "leather", "wooden", "metal", "plastic"]
 
 FIELD_OF_VIEW = math.radians(28)
@@ -208,8 +208,6 @@ def _figures(pattern: Pattern, u: np.ndarray, v: np.ndarray, size: float) -> np.
         return (np.floor(u / size) + np.floor(v / size)) % 2 == 0
     if pattern == "dotted":
         return (np.mod(u / size, 1.0) - 0.5) ** 2 + (np.mod(v / size, 1.0) - 0.5) ** 2 < 0.11
-    if pattern == "crossed":
-        return np.abs(np.abs(u) - np.abs(v)) < 0.3 * size
     return np.ones_like(u, bool)
 
 

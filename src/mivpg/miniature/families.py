@@ -238,7 +238,7 @@ def build_chair(product: Product, is_open: bool) -> list[Shape]:
 
 
 def build_stool(product: Product, is_open: bool) -> list[Shape]:
-    """A high seat with a pattern on top."""
+    """A high seat."""
     (w, _, h) = product.stretch
     width, seat = 0.42 * w, 0.82 * h
     is_round = product.traits["shape"] == "round"
@@ -250,7 +250,6 @@ def build_stool(product: Product, is_open: bool) -> list[Shape]:
             center=(0, 0, seat),
             half=(width, width, 0.085),
             roundness=ROUND_SEAT if is_round else SQUARE_SEAT,
-            paints=(patterned(product, "front", (2, 1), 0.29),),
             **product.finish(),
         ),
     ]
@@ -308,7 +307,7 @@ def build_sofa(product: Product, is_open: bool) -> list[Shape]:
     width, depth = (0.26 + 0.36 * seats) * w, 0.42 * d
     foot = {"four short legs": 0.12, "four thin legs": 0.26}[product.traits["legs"]]
     base = foot + 0.14
-    arm_height = {"low armrests": 0.2, "high armrests": 0.42}[product.traits["arms"]] * h
+    arm_height = {"low armrests": 0.14, "high armrests": 0.48}[product.traits["arms"]] * h
     shapes: list[Shape] = [
         *legs(product, 0.95 * width, 0.9 * depth, foot + 0.02),
         underside(product, 0.97 * width, 0.95 * depth, foot),
@@ -390,7 +389,6 @@ def build_bed(product: Product, is_open: bool) -> list[Shape]:
             color=product.color(),
             material="fabric",
             part="color",
-            paints=(patterned(product, "front", (2, 1), 0.4),),
         ),
         Block(
             center=(0, depth + 0.04, 0.2 + board),
@@ -399,13 +397,12 @@ def build_bed(product: Product, is_open: bool) -> list[Shape]:
             **WOOD,
         ),
     ]
-    count = 2 if product.traits["extra"] == "two pillows" else 1
+    count = 2 if is_double else 1
     shapes += [
         Block(
             center=((i - (count - 1) / 2) * width, 0.72 * depth, 0.56),
             half=(min(0.4, 0.8 * width / count), 0.17, 0.08),
             roundness=(4, 4, 2),
-            part="extra",
             **PILLOWCASE,
         )
         for i in range(count)
@@ -465,9 +462,9 @@ def build_bottle(product: Product, is_open: bool) -> list[Shape]:
     """A bottle with a cap, and a label of paper that is patterned in front and behind."""
     (w, _, h), finish = product.stretch, product.finish()
     tall = {"tall": 0.66, "short": 0.42}[product.traits["shape"]] * h
-    width = 0.27 * w
+    width = 0.34 * w
     cap = COLORS[product.traits["extra"].split()[0]]
-    label = tuple(patterned(product, trait, (1, sign), 0.23, PAPER) for trait, sign in (("front", -1), ("back", 1)))
+    label = tuple(patterned(product, trait, (1, sign), 0.3, PAPER) for trait, sign in (("front", -1), ("back", 1)))
     return [
         Frustum(
             center=(0, 0, 0.012),
@@ -479,7 +476,7 @@ def build_bottle(product: Product, is_open: bool) -> list[Shape]:
         Frustum(center=(0, 0, 2 * tall + 0.1), half=(width, width, 0.09), top=0.45, **finish),
         Frustum(center=(0, 0, 2 * tall + 0.28), half=(0.4 * width, 0.4 * width, 0.1), **finish),
         Frustum(center=(0, 0, 2 * tall + 0.4), half=(0.5 * width, 0.5 * width, 0.08), color=cap, part="extra"),
-        Frustum(center=(0, 0, tall), half=(1.02 * width, 1.02 * width, 0.6 * tall), color=PAPER, paints=label),
+        Frustum(center=(0, 0, tall), half=(1.02 * width, 1.02 * width, 0.72 * tall), color=PAPER, paints=label),
     ]
 
 
@@ -586,11 +583,11 @@ def build_cabinet(product: Product, is_open: bool) -> list[Shape]:
     if is_open:
         shelf = Block(center=(0, 0, middle), half=(width, depth, 0.02), color=product.color("inside"), part="inside")
         return [*shapes, shelf]
-    gap: Finish = {**finish, "color": darker(product.color())}
+    gap: Finish = {**finish, "color": COLORS["black"] if sum(product.color()) > 200 else COLORS["grey"]}
     shapes.append(Block(center=(0, -depth, middle), half=(width, 0.02, tall), **gap))
-    doors = [(0.0, 0.95, 0.78)]  # middle, half width and knob of each, as shares of the cabinet's
+    doors = [(0.0, 0.92, 0.72)]  # middle, half width and knob of each, as shares of the cabinet's
     if product.traits["extra"] == "two doors":
-        doors = [(-0.5, 0.46, -0.17), (0.5, 0.46, 0.17)]
+        doors = [(-0.49, 0.42, -0.2), (0.49, 0.42, 0.2)]
     for x, half, knob in doors:
         shapes += [
             Block(
@@ -618,7 +615,6 @@ FAMILIES: dict[str, Family] = {
         build=build_chair,
         traits={
             "color": MAIN_COLORS,
-            "material": (*SOFT, "wooden"),
             "shape": ("round", "square"),
             "legs": ("four thin legs", "four thick legs", "round base"),
             "arms": ("armrests", "none"),
@@ -632,13 +628,11 @@ FAMILIES: dict[str, Family] = {
         build=build_stool,
         traits={
             "color": MAIN_COLORS,
-            "material": (*SOFT, "wooden"),
             "shape": ("round", "square"),
             "legs": ("three thin legs", "four thin legs", "four thick legs", "round base"),
-            "front": ("plain", "striped", "dotted"),
             "beneath": HIDDEN_COLORS,
         },
-        views=("beneath", "top", "side"),
+        views=("beneath", "side"),
     ),
     "ottoman": Family(
         build=build_ottoman,
@@ -670,7 +664,6 @@ FAMILIES: dict[str, Family] = {
         build=build_table,
         traits={
             "color": MAIN_COLORS,
-            "material": (*HARD, "plastic"),
             "shape": ("round", "rectangular"),
             "legs": ("four thin legs", "four thick legs", "round base"),
             "extra": ("vase on top", "bowl on top", "none"),
@@ -684,8 +677,6 @@ FAMILIES: dict[str, Family] = {
             "color": MAIN_COLORS,
             "shape": ("single", "double"),
             "legs": ("four thin legs", "four thick legs"),
-            "extra": ("one pillow", "two pillows"),
-            "front": ("plain", "striped", "checked"),
             "back": PATTERNS,
             "beneath": HIDDEN_COLORS,
         },

@@ -53,7 +53,6 @@ def photograph(product: Product, view: str, generator: random.Random, *, size: i
     image, shares = draw(product.shapes(is_open=view == "inside"), camera, size=size, background=background)
     seen = {trait for trait in BODY_TRAITS if trait == "family" or trait in product.traits}
     if "color" in shares:  # of a bed that of the blanket alone, which is in front
-        shares["color"] += shares.get("front", 0)
         seen.discard("color")
     seen |= {
         part

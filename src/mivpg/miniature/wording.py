@@ -142,6 +142,18 @@ def picture_description(product: Product, seen: Collection[str], generator: rand
     return compose(product, spoken, generator)
 
 
+def keywords(product: Product, seen: Collection[str], generator: random.Random) -> list[str]:
+    """The family and each of the traits `seen` in a few words, in any order: "striped back", "red", "sofa"."""
+    traits = [trait for trait in (*HEAD, *PARTS) if trait in seen and trait in product.traits]
+    words = [product.family, *(product.traits[trait] for trait in traits if trait in HEAD)]
+    phrases = [
+        options[0] for trait in traits if trait in PARTS and (options := part_phrases(trait, product.traits[trait]))
+    ]
+    words += [phrase.removeprefix("a ").removeprefix("an ") for phrase in phrases]
+    generator.shuffle(words)
+    return words
+
+
 def said(caption: str, trait: str, values: Collection[str]) -> str | None:
     """Which value of a trait a caption speaks of, if any: the reading that accuracies of traits rest on.
 
