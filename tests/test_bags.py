@@ -1,7 +1,6 @@
 """Bags: the order the sampler gives, the reference a bag carries, and what cannot stand in one batch."""
 
 import math
-import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -25,8 +24,6 @@ from mivpg.bags import (
     assign_splits,
     bag_size,
     check_bags,
-    features_shape,
-    read_features,
     select,
 )
 from mivpg.errors import BagError, MivpgError
@@ -193,113 +190,12 @@ def test_the_split_of_a_seed_stays_what_it_is():
     assert test != [sample.id for sample in select(assign_splits(samples, seed=2), "test")]
 
 
-# --- features
+# --- opening bags
 
 
 @pytest.fixture
 def features() -> torch.Tensor:
     return torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
-
-
-def test_features_come_back_as_they_were(tmp_path, features):
-    coords = torch.tensor([[0, 0], [256, 0], [0, 256]])
-    save_file({"image_embeds": features, "coords": coords}, tmp_path / "a.safetensors")
-    save_file({"image_embeds": features[:, 0].clone()}, tmp_path / "flat.safetensors")
-    np.save(tmp_path / "a.npy", features.numpy())
-    np.save(tmp_path / "flat.npy", features[:, 0].numpy())
-    np.save(tmp_path / "fortran.npy", np.asfortranarray(features.numpy(), dtype=">f8"))
-    for name, expected, positions in [
-        ("a.safetensors", features, coords.float()),
-        ("flat.safetensors", features[:, :1], None),
-        ("a.npy", features, None),
-        ("flat.npy", features[:, :1], None),
-        ("fortran.npy", features, None),
-    ]:
-        image_embeds, found = read_features(tmp_path / name)
-        assert image_embeds.dtype == torch.float32
-        assert torch.equal(image_embeds, expected)
-        assert found is positions is None or (found.dtype == torch.float32 and torch.equal(found, positions))
-        assert features_shape(tmp_path / name) == tuple(expected.shape)
-        assert bag_size(Sample(id="a", features=tmp_path / name)) == 3
-
-
-def test_bfloat16_features_become_float32(tmp_path, features):
-    save_file({"image_embeds": features.bfloat16()}, tmp_path / "a.safetensors")
-    assert torch.equal(read_features(tmp_path / "a.safetensors")[0], features.bfloat16().float())
-
-
-def test_features_own_their_memory(tmp_path, features):
-    np.save(tmp_path / "a.npy", features.numpy())
-    image_embeds, _ = read_features(tmp_path / "a.npy")
-    image_embeds.zero_()
-    assert torch.equal(read_features(tmp_path / "a.npy")[0], features)
-
-
-class Bomb:
-    def __reduce__(self):
-        return pytest.fail, ("a pickle was run",)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-4])
-
-
-def npy(array) -> callable:
-    return lambda path: np.save(path, array, allow_pickle=True)
-
-
-def safetensors(**tensors: torch.Tensor) -> callable:
-    return lambda path: save_file(tensors, path)
-
-
-BAD_FEATURES = {
-    "missing.npy": (lambda path: None, "does not exist"),
-    "missing.safetensors": (lambda path: None, "does not exist"),
-    "folder.npy": (Path.mkdir, "is not a file"),
-    "a.pt": (Path.touch, r"ends in '\.pt', expected a features file, \.safetensors or \.npy"),
-    "empty.npy": (Path.touch, "no readable .npy file"),
-    "empty.safetensors": (Path.touch, "no readable safetensors file"),
-    "cut.npy": (lambda path: (np.save(path, np.ones((2, 3))), cut(path)), "no readable .npy file"),
-    "cut.safetensors": (lambda path: (save_file({"image_embeds": torch.ones(2, 3)}, path), cut(path)), "no readable"),
-    "pickle.npy": (lambda path: path.write_bytes(pickle.dumps(Bomb())), "no readable .npy file"),
-    "objects.npy": (npy(np.array([Bomb()], dtype=object)), "Python objects"),
-    "rank1.npy": (npy(np.ones(4)), r"features are \(4,\), expected \(N, D\) or \(N, P, D\)"),
-    "rank4.npy": (npy(np.ones((1, 2, 3, 4))), r"features are \(1, 2, 3, 4\)"),
-    "rank1.safetensors": (safetensors(image_embeds=torch.ones(4)), r"features are \(4,\)"),
-    "rows.npy": (npy(np.ones((0, 4))), r"features are \(0, 4\), expected"),
-    "rows.safetensors": (safetensors(image_embeds=torch.ones(0, 4)), r"features are \(0, 4\), expected"),
-    "text.npy": (npy(np.array([["a"]])), "holds <U1, expected floating-point"),
-    "integers.npy": (npy(np.ones((2, 3), dtype=np.int64)), "holds int64, expected floating-point"),
-    "integers.safetensors": (
-        safetensors(image_embeds=torch.ones(2, 3).int()),
-        r"torch\.int32, expected floating-point",
-    ),
-    "nan.npy": (npy(np.array([[1.0, np.nan]])), "NaN or infinity"),
-    "overflow.npy": (npy(np.array([[1e300]])), "NaN or infinity"),
-    "infinity.safetensors": (safetensors(image_embeds=torch.tensor([[1.0, math.inf]])), "NaN or infinity"),
-    "name.safetensors": (safetensors(feats=torch.ones(2, 3)), "holds feats, expected a tensor named image_embeds"),
-    "coords.safetensors": (
-        safetensors(image_embeds=torch.ones(2, 3), coords=torch.ones(3, 2)),
-        r"coords is \(3, 2\), expected \(2, 2\)",
-    ),
-    "nan_coords.safetensors": (
-        safetensors(image_embeds=torch.ones(2, 3), coords=torch.full((2, 2), math.nan)),
-        "coords hold NaN",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FEATURES)
-def test_bad_features_get_one_line(tmp_path, name):
-    write, says = BAD_FEATURES[name]
-    write(tmp_path / name)
-    with pytest.raises(BagError, match=says) as error:
-        read_features(tmp_path / name)
-    assert str(tmp_path / name) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-# --- opening bags
 
 
 @pytest.fixture

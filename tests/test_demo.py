@@ -86,8 +86,8 @@ def test_arms_differ_in_model_and_photos_alone(whole):
 
 
 def test_single_image_arms_have_the_main_photo_alone(whole):
-    from mivpg.bags import read_features
     from mivpg.datasets.bag_file import load_bag_file
+    from mivpg.feature_files import read_features
 
     every, main, swapped = (load_bag_file(whole / f"{name}.jsonl") for name in ("all", "main", "swapped"))
     by_id = {sample.id: read_features(sample.features)[0] for sample in every}
@@ -249,6 +249,9 @@ def test_the_example_that_works_says_nothing_wrong_and_something_hidden():
     ]
     assert [says_nothing_wrong(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, False, True]
     assert [names_hidden(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, True, False]
+    for part in ("a round base", "a red underside", "a ringed back", "one handle"):  # which it has not
+        assert not says_nothing_wrong(f"a red pillow with {part}.", truth["a"])
+    assert says_nothing_wrong("a red pillow.", truth["a"])
     assert _example_that_works(examples, CAPTIONS, truth).id == "a"
     assert _example_that_works(examples[:2], CAPTIONS, truth).id == "b"  # none works
 

@@ -33,7 +33,8 @@ from mivpg import (
     caption_bags,
     extract_features,
 )
-from mivpg.bags import one_pair_a_reference, read_features
+from mivpg.bags import one_pair_a_reference
+from mivpg.feature_files import read_features
 from mivpg.features import _open_batches, _share_of, file_name
 from tiny import randomize_added_weights
 

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mivpg.errors import BagError, MivpgError
+from mivpg.feature_files import features_shape, has_coords, read_features
 from mivpg.images import check_image, open_image
 
 Split = Literal["train", "val", "test", "all"]
@@ -120,107 +119,6 @@ def assign_splits(
     return [replace(sample, split=splits[sample.id]) for sample in samples]
 
 
-def features_shape(path: Path) -> tuple[int, int, int]:
-    """(N, P, D) of a features file, from its header alone.
-
-    Raises:
-        BagError: As in `read_features`, as far as a header tells.
-    """
-    if path.suffix == ".npy":
-        return _checked_shape(path, _open_npy(path).shape)
-    with _open_safetensors(path) as file:
-        return _shape_in(path, file)
-
-
-def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Reads the stored features of one bag. Nothing is ever unpickled.
-
-    Args:
-        path: `.safetensors` with `image_embeds` (N, P, D) or (N, D) and optionally `coords` (N, 2), or `.npy` with
-            (N, P, D) or (N, D). Features without a patch axis get one of P = 1.
-
-    Returns:
-        The features (N, P, D) float32, and the coordinates (N, 2) float32 or None.
-
-    Raises:
-        BagError: The file is missing, of another kind, damaged, or holds other shapes, no row, NaN or infinity.
-    """
-    coords = None
-    if path.suffix == ".npy":
-        array = _open_npy(path)
-        shape = _checked_shape(path, array.shape)
-        with np.errstate(over="ignore"):  # what does not fit becomes infinity and is refused below
-            image_embeds = torch.from_numpy(array.astype(np.float32))
-    else:
-        with _open_safetensors(path) as file:
-            shape = _shape_in(path, file)
-            image_embeds = file.get_tensor("image_embeds")
-            if not image_embeds.is_floating_point():
-                raise BagError(f"{path}: image_embeds is {image_embeds.dtype}, expected floating-point features.")
-            image_embeds = image_embeds.float()
-            if _has_coords(file):
-                coords = file.get_tensor("coords").float()
-    if not torch.isfinite(image_embeds).all():
-        raise BagError(f"{path}: the features hold NaN or infinity, expected finite numbers.")
-    if coords is not None and not torch.isfinite(coords).all():
-        raise BagError(f"{path}: coords hold NaN or infinity, expected finite numbers.")
-    return image_embeds.reshape(shape), coords
-
-
-def _open_npy(path: Path) -> np.ndarray:
-    """Maps the file into memory, which reads its header only and cannot hold pickled objects."""
-    _check_is_file(path)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise BagError(f"{path} is no readable .npy file of numbers: {_one_line(error)}.") from None
-    if not np.issubdtype(array.dtype, np.floating):
-        raise BagError(f"{path} holds {array.dtype}, expected floating-point features.")
-    return array
-
-
-def _open_safetensors(path: Path) -> Any:
-    if path.suffix != ".safetensors":
-        raise BagError(f"{path} ends in {path.suffix!r}, expected a features file, .safetensors or .npy.")
-    _check_is_file(path)
-    try:
-        file = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise BagError(f"{path} is no readable safetensors file: {_one_line(error)}.") from None
-    if "image_embeds" not in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-        raise BagError(f"{path} holds {', '.join(sorted(file.keys()))}, expected a tensor named image_embeds.")
-    return file
-
-
-def _check_is_file(path: Path) -> None:
-    if not path.is_file():
-        raise BagError(f"{path} does not exist or is not a file, expected stored features.")
-
-
-def _has_coords(file: Any) -> bool:
-    return "coords" in file.keys()  # noqa: SIM118 (a safetensors file is no mapping)
-
-
-def _shape_in(path: Path, file: Any) -> tuple[int, int, int]:
-    shape = _checked_shape(path, tuple(file.get_slice("image_embeds").get_shape()))
-    if _has_coords(file):
-        coords_shape = tuple(file.get_slice("coords").get_shape())
-        if coords_shape != (shape[0], 2):
-            raise BagError(f"{path}: coords is {coords_shape}, expected ({shape[0]}, 2), one x, y an image.")
-    return shape
-
-
-def _checked_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    with_patches = (shape[0], 1, shape[1]) if len(shape) == 2 else shape
-    if len(with_patches) != 3 or 0 in with_patches:
-        raise BagError(f"{path}: features are {shape}, expected (N, D) or (N, P, D) with N, P, D of at least 1.")
-    return with_patches[0], with_patches[1], with_patches[2]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def bag_size(sample: Sample) -> int:
     """The number of images of a bag; of stored features, by their file's header."""
     return len(sample.images) if sample.features is None else features_shape(sample.features)[0]
@@ -278,10 +176,7 @@ def _kind_of_sample(sample: Sample) -> str:
     if sample.features is None:
         return _kind(None, coords)
     shape = features_shape(sample.features)
-    if sample.features.suffix == ".safetensors":
-        with _open_safetensors(sample.features) as file:
-            coords = coords or _has_coords(file)
-    return _kind(shape, coords)
+    return _kind(shape, coords or has_coords(sample.features))
 
 
 def _kind_of_bag(bag: Bag) -> str:

@@ -395,14 +395,14 @@ def miniature_base(*, out: Path, seed: int = 0) -> None:
 
 
 @app.command
-def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 8) -> None:
+def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 5) -> None:
     """See the whole idea work: a generated catalogue, five ways to caption it, a report; in minutes, without a GPU.
 
     Args:
         out: A new or empty folder, or that of an interrupted demo, which then goes on.
         seed: Draws products, split and training order.
         num_products: Fewer are faster and say less.
-        num_train_epochs: Passes over the training products.
+        num_train_epochs: Passes over all pairs of a training product and one of its references.
     """
     from mivpg.demo import DemoConfig, run_demo
 

@@ -31,13 +31,14 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from mivpg.bags import BagCollator, BagDataset, Sample, read_features, select
+from mivpg.bags import BagCollator, BagDataset, Sample, one_pair_a_reference, select
 from mivpg.captioning import GenerationOptions, caption_file, read_captions
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.bag_file import BagFileConfig, write_bag_file
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
+from mivpg.feature_files import read_features
 from mivpg.features import extract_features
 from mivpg.files import write_whole
 from mivpg.miniature import BASE_MODEL
@@ -100,8 +101,8 @@ class DemoConfig:
     """Draws products, split and training order."""
     num_products: int = 1500
     """Split 70/10/20 by the reader of Amazon Berkeley Objects."""
-    num_train_epochs: int = 8
-    """Passes over the training products, one reference each at a time."""
+    num_train_epochs: int = 5
+    """Passes over all pairs of a training product and one of its references."""
     batch_size: int = 16
     learning_rate: float = 1e-3
 
@@ -136,7 +137,7 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
         bags = _bag_files(out, samples, truth)
 
     with _timed(seconds, "arms", f"Fine-tuning and captioning, {len(ARMS)} arms"):
-        _run_arms(out, config, num_train=len(select(bags["all"], "train")))
+        _run_arms(out, config, num_pairs=len(one_pair_a_reference(select(bags["all"], "train"))))
 
     with _timed(seconds, "scores", "Scoring"):
         test = select(bags["all"], "test")
@@ -225,13 +226,12 @@ def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         seed=config.seed,
-        references="random",
         validation=GENERATION,
         num_workers=0,
     )
 
 
-def _run_arms(out: Path, config: DemoConfig, num_train: int) -> None:
+def _run_arms(out: Path, config: DemoConfig, num_pairs: int) -> None:
     """Each arm in a process of its own with one thread, as many at once as there are cores; a bar counts their steps.
 
     Raises:
@@ -242,7 +242,7 @@ def _run_arms(out: Path, config: DemoConfig, num_train: int) -> None:
     waiting = [arm for arm in reversed(ARMS) if not _is_done(out, arm)]
     context = multiprocessing.get_context("spawn")
     running: dict[str, Any] = {}
-    steps = config.num_train_epochs * math.ceil(num_train / config.batch_size)
+    steps = config.num_train_epochs * math.ceil(num_pairs / config.batch_size)
     progress = tqdm(total=steps * sum(arm.trains for arm in ARMS), unit="step", disable=None)
     try:
         while waiting or running:

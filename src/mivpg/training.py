@@ -48,7 +48,6 @@ from mivpg.bags import (
     Sample,
     bag_size,
     check_bags,
-    features_shape,
     one_pair_a_reference,
     select,
 )
@@ -57,6 +56,7 @@ from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, Positio
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
+from mivpg.feature_files import features_shape
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 

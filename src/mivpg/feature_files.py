@@ -1,0 +1,208 @@
+"""Stored features of one bag, in our files and in those of other tools. Nothing is ever unpickled.
+
+    .safetensors   `image_embeds` (N, P, D) or (N, D), optionally `coords` (N, 2): what `extract_features` writes
+    .npy           (N, P, D) or (N, D)
+    .h5            `features` or `feats`, optionally `coords`: TRIDENT, CLAM and STAMP
+    .pt            a tensor, or a dict with `features` or `feats` and optionally `coords`: CLAM
+
+Other tools may put an axis of one before the others. Features without a patch axis get one of P = 1.
+"""
+
+# N images of a bag, P patch tokens an image, D vision width
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mivpg.errors import BagError
+
+NAMES = ("features", "feats")
+"""What other tools call them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What a file holds, unread."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    coords_shape: tuple[int, ...] | None
+    read_coords: Callable[[], Tensor] | None
+
+
+def features_shape(path: Path) -> tuple[int, int, int]:
+    """(N, P, D) of a features file, from its header alone where it has one.
+
+    Raises:
+        BagError: As in `read_features`, as far as a header tells.
+    """
+    with _open(path) as stored:
+        return _checked_shape(path, stored)
+
+
+def has_coords(path: Path) -> bool:
+    """Whether a features file holds positions.
+
+    Raises:
+        BagError: As in `features_shape`.
+    """
+    with _open(path) as stored:
+        return stored.coords_shape is not None
+
+
+def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
+    """Reads the stored features of one bag.
+
+    Args:
+        path: A file of one of the kinds above.
+
+    Returns:
+        The features (N, P, D) float32, and the coordinates (N, 2) float32 or None.
+
+    Raises:
+        BagError: The file is missing, of another kind, damaged, or holds other shapes, no row, NaN or infinity.
+    """
+    with _open(path) as stored:
+        shape = _checked_shape(path, stored)
+        image_embeds = stored.read()
+        if not image_embeds.is_floating_point():
+            raise BagError(f"{path} holds {image_embeds.dtype}, expected floating-point features.")
+        image_embeds = image_embeds.float().reshape(shape)  # what does not fit becomes infinity
+        coords = None if stored.read_coords is None else stored.read_coords().float().reshape(-1, 2)
+    if not torch.isfinite(image_embeds).all():
+        raise BagError(f"{path}: the features hold NaN or infinity, expected finite numbers.")
+    if coords is not None and not torch.isfinite(coords).all():
+        raise BagError(f"{path}: coords hold NaN or infinity, expected finite numbers.")
+    return image_embeds, coords
+
+
+def _checked_shape(path: Path, stored: _Stored) -> tuple[int, int, int]:
+    shape = stored.shape
+    with_patches = (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+    if len(with_patches) != 3 or 0 in with_patches:
+        raise BagError(f"{path}: features are {shape}, expected (N, D) or (N, P, D) with N, P, D of at least 1.")
+    if stored.coords_shape is not None and stored.coords_shape != (shape[0], 2):
+        raise BagError(f"{path}: coords is {stored.coords_shape}, expected ({shape[0]}, 2), one x, y an image.")
+    return with_patches[0], with_patches[1], with_patches[2]
+
+
+# ── Kinds of files ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _open(path: Path) -> AbstractContextManager[_Stored]:
+    openers = {
+        ".safetensors": _open_safetensors,
+        ".npy": _open_npy,
+        ".h5": _open_hdf5,
+        ".hdf5": _open_hdf5,
+        ".pt": _open_pt,
+        ".pth": _open_pt,
+    }
+    if path.suffix not in openers:
+        raise BagError(f"{path} ends in {path.suffix!r}, expected a features file, .safetensors, .npy, .h5 or .pt.")
+    if not path.is_file():
+        raise BagError(f"{path} does not exist or is not a file, expected stored features.")
+    return openers[path.suffix](path)
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[_Stored]:
+    try:
+        file = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, "safetensors file", error) from None
+    with file:
+        names = set(file.keys())
+        if "image_embeds" not in names:
+            raise BagError(f"{path} holds {', '.join(sorted(names))}, expected a tensor named image_embeds.")
+        with_coords = "coords" in names
+        yield _Stored(
+            shape=tuple(file.get_slice("image_embeds").get_shape()),
+            read=lambda: file.get_tensor("image_embeds"),
+            coords_shape=tuple(file.get_slice("coords").get_shape()) if with_coords else None,
+            read_coords=(lambda: file.get_tensor("coords")) if with_coords else None,
+        )
+
+
+@contextmanager
+def _open_npy(path: Path) -> Iterator[_Stored]:
+    """Maps the file into memory, which reads its header only and cannot hold pickled objects."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, ".npy file of numbers", error) from None
+    yield _Stored(shape=array.shape, read=lambda: _tensor(path, array), coords_shape=None, read_coords=None)
+
+
+@contextmanager
+def _open_hdf5(path: Path) -> Iterator[_Stored]:
+    try:
+        import h5py
+    except ImportError:
+        raise BagError(f"{path} is an HDF5 file, which takes h5py: pip install 'mivpg[slides]'.") from None
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise _unreadable(path, "HDF5 file", error) from None
+    with file:
+        arrays = {name: value for name, value in file.items() if isinstance(value, h5py.Dataset)}
+
+        def read(name: str) -> Tensor:
+            try:
+                return _tensor(path, arrays[name][()])
+            except OSError as error:  # cut short, or compressed by a filter that is not here
+                raise _unreadable(path, "HDF5 file", error) from None
+
+        yield _of_another_tool(path, {name: array.shape for name, array in arrays.items()}, read)
+
+
+@contextmanager
+def _open_pt(path: Path) -> Iterator[_Stored]:
+    """What torch can load without running code that the file names."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise BagError(
+            f"{path} is no .pt file of tensors alone, and what else it holds is not run: {reason}."
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, ".pt file", error) from None
+    tensors = content if isinstance(content, dict) else {NAMES[0]: content}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    yield _of_another_tool(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
+
+
+def _of_another_tool(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> _Stored:
+    name = next((name for name in NAMES if name in shapes), None)
+    if name is None:
+        raise BagError(f"{path} holds {', '.join(map(str, shapes)) or 'no array'}, expected {' or '.join(NAMES)}.")
+    shape, coords_shape = shapes[name], shapes.get("coords")
+    return _Stored(
+        shape=shape[1:] if len(shape) == 3 and shape[0] == 1 else shape,
+        read=lambda: read(name),
+        coords_shape=coords_shape[1:] if coords_shape and len(coords_shape) == 3 else coords_shape,
+        read_coords=None if coords_shape is None else lambda: read("coords"),
+    )
+
+
+def _tensor(path: Path, array: Any) -> Tensor:
+    """A copy of an array of numbers, since torch knows none of the other byte orders and widths."""
+    if not np.issubdtype(array.dtype, np.number):
+        raise BagError(f"{path} holds {array.dtype}, expected floating-point features.")
+    if np.issubdtype(array.dtype, np.floating):
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(array.astype(np.float32))
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> BagError:
+    return BagError(f"{path} is no readable {kind}: {' '.join(str(error).split())}.")
