@@ -195,7 +195,7 @@ class TestExtracting:
         pixels = processor.pixels
         monkeypatch.setattr(processor, "pixels", lambda bag: (opened.append(bag[0]), pixels(bag))[1])
         paths = [path for sample in samples for path in sample.images]
-        with closing(_open_batches(processor, samples, {sample.id for sample in samples}, 3)) as batches:
+        with closing(_open_batches(processor, samples, {sample.id: sample.images for sample in samples}, 3)) as batches:
             for number, batch in enumerate(batches, start=1):
                 assert [image.pixel_values.shape for image in batch] == [(1, 3, 28, 28)] * len(batch)
                 deadline = time.monotonic() + 10

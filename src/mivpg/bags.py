@@ -40,6 +40,8 @@ class Sample:
 
     id: str
     images: tuple[Path, ...] = ()
+    slides: tuple[Path, ...] = ()
+    """Slide files of one case, instead of images; `extract_features` cuts them into tiles."""
     features: Path | None = None
     """A file that `read_features` reads, instead of images."""
     image_coords: tuple[tuple[float, float], ...] | None = None
@@ -137,6 +139,7 @@ def check_bags(samples: Iterable[Sample]) -> None:
         with naming(sample):
             check_record(sample)
             _check_has_caption(sample)
+            _check_is_cut(sample)
             for path in sample.images:
                 check_image(path)
             kind = _kind_of_sample(sample)
@@ -156,14 +159,23 @@ def naming(sample: Sample) -> Iterator[None]:
 
 
 def check_record(sample: Sample) -> None:
-    if sample.images and sample.features is not None:
-        raise BagError("both images and features, expected one of them.")
-    if not sample.images and sample.features is None:
-        raise BagError("no image, expected at least one (or a features file).")
+    kinds = {"images": sample.images, "slides": sample.slides, "features": sample.features}
+    given = [kind for kind, value in kinds.items() if value]
+    if len(given) > 1:
+        raise BagError(f"both {' and '.join(given)}, expected one of them.")
+    if not given:
+        raise BagError("no image, expected at least one (or a slide, or a features file).")
+    if sample.slides and sample.image_coords is not None:
+        raise BagError("slides and coordinates, but tiles bring their own; leave the coordinates out.")
     if any(not caption.strip() for caption in sample.captions):
         raise BagError("an empty caption; fill it in or leave it out.")
     if sample.image_coords is not None and len(sample.image_coords) != bag_size(sample):
         raise BagError(f"{bag_size(sample)} images and {len(sample.image_coords)} coordinates, expected as many.")
+
+
+def _check_is_cut(sample: Sample) -> None:
+    if sample.slides:
+        raise BagError("a slide, which is too large to be opened as it is; cut it with `mivpg extract` first.")
 
 
 def _check_has_caption(sample: Sample) -> None:
@@ -226,6 +238,7 @@ class BagDataset(Dataset):
         images, image_embeds, coords, caption = None, None, None, None
         with naming(sample):
             check_record(sample)
+            _check_is_cut(sample)
             if sample.features is None:
                 images = [open_image(path) for path in sample.images]
             else:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; a command im
     from mivpg.bags import Sample
     from mivpg.modeling_mivpg import MivpgForConditionalGeneration
     from mivpg.processing_mivpg import MivpgProcessor
+    from mivpg.slides import TileOptions
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -196,12 +197,14 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
     mivpg extract CONFIG.yaml --model DIR --out DIR [--FIELD VALUE …]; of the file the data set is read.
     """
     from mivpg.datasets import DatasetConfig
+    from mivpg.slides import TileOptions
 
     def start(
         *,
         model: Annotated[str, Parameter(name="--model")],
         dataset: DatasetConfig,
         out: Path,
+        tiling: TileOptions | None = None,
         tokens: Literal["all", "cls"] = "all",
         store_dtype: Literal["float32", "bfloat16", "float16"] = "float16",
         batch_size: int = 64,
@@ -216,12 +219,13 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
             model: Whose vision model sees: a run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
             dataset: As in the YAML file of the training run, which may be given first.
             out: The store becomes a folder in it, named after what made it, with a bag file for `mivpg train`.
+            tiling: How slides are cut, where the data set holds slides.
             tokens: All that the vision model gives of an image, or its first token alone.
             store_dtype: Of the stored features; float32 keeps all bits, the others half of them.
             batch_size: Images that the vision model sees at once.
             dtype: Of the vision model; auto is as it is stored.
         """
-        run_extraction(model, dataset.load(), out, tokens, store_dtype, batch_size, dtype)
+        run_extraction(model, dataset.load(), out, tiling or TileOptions(), tokens, store_dtype, batch_size, dtype)
 
     parse("mivpg extract CONFIG.yaml", start, arguments, only=("dataset",))
 
@@ -230,6 +234,7 @@ def run_extraction(
     model: str,
     samples: "list[Sample]",
     out: Path,
+    tiling: "TileOptions",
     tokens: Literal["all", "cls"],
     store_dtype: str,
     batch_size: int,
@@ -242,7 +247,8 @@ def run_extraction(
     from mivpg.features import extract_features, store_name
 
     loaded, processor = load(model, dtype)
-    folder = out / store_name(Path(model).name, processor, tokens, store_dtype)
+    tiles = tiling if any(sample.slides for sample in samples) else None
+    folder = out / store_name(Path(model).name, processor, tokens, store_dtype, tiles)
     extracted = extract_features(
         loaded,
         processor,
@@ -251,6 +257,7 @@ def run_extraction(
         tokens=tokens,
         dtype=getattr(torch, store_dtype),
         batch_size=batch_size,
+        tiling=tiling,
     )
     if is_first_process():
         write_bag_file(folder / "bags.jsonl", extracted)

@@ -13,16 +13,17 @@ one that was not.
 # N images a bag, n images of a batch, whatever their bags, P patch tokens an image, D vision width
 
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -39,13 +40,16 @@ from mivpg.bags import Sample, check_record, naming
 from mivpg.captioning import NUM_READERS, check_batch_size, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
+from mivpg.feature_files import features_shape
 from mivpg.files import write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
+from mivpg.slides import Tile, TileOptions, draw_tiles, find_tiles, open_slide
 
 logger = logging.getLogger(__name__)
 
 Tokens = Literal["all", "cls"]
+_Picture = Path | Tile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -65,8 +69,12 @@ def extract_features(
     tokens: Tokens = "all",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
+    tiling: TileOptions | None = None,
 ) -> list[Sample]:
     """Runs the frozen vision model once on every image of every bag, with a progress bar on a terminal.
+
+    Slides are cut into tiles, which become the images of their bag; a picture of where the tiles lie is saved in
+    `folder/tiles`.
 
     A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). A bag
     whose file is there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each
@@ -81,9 +89,10 @@ def extract_features(
         dtype: Of the stored features. float32 keeps what the model computed, 16 bits halve the store.
         batch_size: Images that the vision model sees at once; bags of several sizes fill a batch. Another one can
             change the last bits of a feature.
+        tiling: How slides are cut.
 
     Returns:
-        The samples with `features` in place of `images`.
+        The samples with `features` in place of `images` or `slides`.
 
     Raises:
         BagError: A bag cannot be read, or `dtype` cannot hold its features; bags that were written are kept.
@@ -105,20 +114,26 @@ def extract_features(
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    tiling = tiling or TileOptions()
+    if any(bag.slides for bag in bags):
+        maker["tiles"] = asdict(tiling)
     process = PartialState(cpu=model.device.type == "cpu")
     with process.main_process_first():
         _claim(folder, maker, of_model=model)
-    missing = set()
+    missing, pictures = set(), dict[str, Sequence[_Picture]]()
+    num_images = num_missing = 0
     mine = _share_of(bags, process.process_index, process.num_processes)
     for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
         if (file := folder / file_name(bag.id)).exists():
             _check_is_made_of(file, bag)
+            num_images += features_shape(file)[0]
         else:
             missing.add(bag.id)
+            pictures[bag.id] = _pictures_of(bag, tiling)
+            num_images += len(pictures[bag.id])
+            num_missing += len(pictures[bag.id])
 
-    num_images = sum(len(bag.images) for bag in mine)
-    num_missing = sum(len(bag.images) for bag in mine if bag.id in missing)
-    opened = _open_batches(processor, bags, missing, batch_size)
+    opened = _open_batches(processor, bags, pictures, batch_size)
     announced = False
     was_training = model.training
     model.eval()
@@ -139,19 +154,20 @@ def extract_features(
                 if not announced:
                     announced = True
                     seconds = (time.monotonic() - start) * num_missing / len(batch)
-                    _announce(folder, mine, missing, num_missing * rows[0].nbytes, seconds)
+                    num_bags = (len(missing), len(mine) - len(missing))
+                    _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
                 for image, row in zip(batch, rows, strict=True):
                     if image.bag.id not in missing:
                         continue
                     seen.append((image.origin, row))
-                    if len(seen) == len(image.bag.images):
-                        _write_bag(folder, image.bag, seen)
+                    if len(seen) == len(pictures[image.bag.id]):
+                        _write_bag(folder, image.bag, pictures[image.bag.id], seen)
                         seen = []
                     progress.update()
     finally:
         model.train(was_training)
     process.wait_for_everyone()
-    return [replace(sample, images=(), features=folder / file_name(sample.id)) for sample in samples]
+    return [replace(sample, images=(), slides=(), features=folder / file_name(sample.id)) for sample in samples]
 
 
 def file_name(bag_id: str) -> str:
@@ -161,13 +177,16 @@ def file_name(bag_id: str) -> str:
     return f"{readable}-{digest}.safetensors".lstrip("-")
 
 
-def store_name(model: str, processor: MivpgProcessor, tokens: Tokens, dtype: str) -> str:
-    """A name for a store that says what is in it: "blip2-opt-2.7b_224px_cls_float16"."""
+def store_name(
+    model: str, processor: MivpgProcessor, tokens: Tokens, dtype: str, tiling: TileOptions | None = None
+) -> str:
+    """A name for a store that says what is in it, as "blip2-opt-2.7b_224px_cls_float16"; of slides also how they are cut."""
     size = (
         getattr(processor.image_processor, "crop_size", None) or getattr(processor.image_processor, "size", None) or {}
     )
     pixels = "x".join(str(side) for side in dict.fromkeys(dict(size).values()))
-    return f"{model}_{pixels}px_{tokens}_{dtype}"
+    cut = "" if tiling is None else f"_tiles-{tiling.size}px-{tiling.mpp}mpp"
+    return f"{model}_{pixels}px_{tokens}_{dtype}{cut}"
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:
@@ -183,33 +202,32 @@ def _distinct(samples: Sequence[Sample]) -> list[Sample]:
             if sample.features is not None:
                 raise BagError(f"features already ({sample.features}), expected images to make them of.")
             first = bags.setdefault(sample.id, sample)
-            if (sample.images, sample.image_coords) != (first.images, first.image_coords):
+            if (sample.images, sample.slides, sample.image_coords) != (first.images, first.slides, first.image_coords):
                 raise BagError("two bags of this id, with other images or coordinates; give each an id of its own.")
     return list(bags.values())
 
 
 def _share_of(bags: list[Sample], index: int, number: int) -> list[Sample]:
-    """The bags that one of several processes does: neighbours, of about as many images as the others'."""
-    num_images = sum(len(bag.images) for bag in bags)
+    """The bags that one of several processes does: neighbours, of about as many images (or slides) as the others'."""
+    total = sum(len(bag.images) + len(bag.slides) for bag in bags)
     share, before = [], 0
     for bag in bags:
-        if before * number // num_images == index:
+        if before * number // total == index:
             share.append(bag)
-        before += len(bag.images)
+        before += len(bag.images) + len(bag.slides)
     return share
 
 
-def _announce(folder: Path, bags: list[Sample], missing: set[str], num_bytes: int, seconds: float) -> None:
+def _announce(folder: Path, num_images: int, num_missing: int, num_there: int, num_bytes: int, seconds: float) -> None:
     """Says what is to be done, after the first batch, which tells how large and how slow it is."""
-    num_images = sum(len(bag.images) for bag in bags if bag.id in missing)
     size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
     span = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(round(seconds / 60), 1)} minutes"
     logger.info(
         "%s: %d images of %d bags to see, %d bags there already; %s, about %s.",
         folder,
         num_images,
-        len(missing),
-        len(bags) - len(missing),
+        num_missing,
+        num_there,
         size,
         span,
     )
@@ -226,23 +244,50 @@ class _OpenedImage:
     pixel_values: Tensor
     """(1, 3, h, w)."""
     origin: list[Any]
-    """What `_origin` says of its file."""
+    """What `_origin` says of its file; of a tile, where it lies."""
+
+
+def _pictures_of(bag: Sample, tiling: TileOptions) -> Sequence[_Picture]:
+    """The images of a bag, or the tiles of its slides."""
+    if not bag.slides:
+        return bag.images
+    with naming(bag):
+        return [tile for slide in bag.slides for tile in find_tiles(slide, tiling)]
+
+
+def _batches(
+    bags: Sequence[Sample], missing: Mapping[str, Sequence[_Picture]], batch_size: int
+) -> Iterator[list[tuple[Sample, _Picture]]]:
+    """The pictures of all bags in order, whatever is missing; a case of slides has batches of its own.
+
+    So tiles need to be found only of what is missing.
+    """
+    batch: list[tuple[Sample, _Picture]] = []
+    for bag in bags:
+        if bag.slides and batch:
+            yield batch
+            batch = []
+        for picture in missing.get(bag.id, bag.images):
+            batch.append((bag, picture))
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if bag.slides and batch:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _open_batches(
-    processor: MivpgProcessor, bags: Sequence[Sample], missing: set[str], batch_size: int
+    processor: MivpgProcessor, bags: Sequence[Sample], missing: Mapping[str, Sequence[_Picture]], batch_size: int
 ) -> Generator[list[_OpenedImage], None, None]:
-    """Those batches of the images of all bags in order that hold one of a missing bag.
-
-    The next is opened while the model sees one.
-    """
-    images = ((bag, path) for bag in bags for path in bag.images)
-    batches = iter(lambda: list(islice(images, batch_size)), [])
-    needed = (batch for batch in batches if any(bag.id in missing for bag, _ in batch))
+    """Those batches that hold a picture of a missing bag; the next is opened while the model sees one."""
+    needed = (batch for batch in _batches(bags, missing, batch_size) if any(bag.id in missing for bag, _ in batch))
     readers = ThreadPoolExecutor(NUM_READERS)
 
     def open_batch() -> list[Future[_OpenedImage]]:
-        return [readers.submit(_open, processor, bag, path) for bag, path in next(needed, [])]
+        return [readers.submit(_open, processor, bag, picture) for bag, picture in next(needed, [])]
 
     try:
         batch = open_batch()
@@ -254,22 +299,45 @@ def _open_batches(
         readers.shutdown(cancel_futures=True)
 
 
-def _open(processor: MivpgProcessor, bag: Sample, path: Path) -> _OpenedImage:
+def _open(processor: MivpgProcessor, bag: Sample, picture: _Picture) -> _OpenedImage:
     with naming(bag):
-        return _OpenedImage(bag=bag, pixel_values=processor.pixels([path]), origin=_origin(path))
+        if isinstance(picture, Tile):
+            pixel_values, origin = processor.pixels([picture.open()]), [picture.x, picture.y]
+        else:
+            pixel_values, origin = processor.pixels([picture]), _origin(picture)
+        return _OpenedImage(bag=bag, pixel_values=pixel_values, origin=origin)
 
 
-def _write_bag(folder: Path, bag: Sample, seen: list[tuple[list[Any], Tensor]]) -> None:
+def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: list[tuple[list[Any], Tensor]]) -> None:
     """Writes the file of a bag from the origin and the features (P, D) of each of its images."""
     tensors = {"image_embeds": torch.stack([row for _, row in seen])}  # (N, P, D)
     if not torch.isfinite(tensors["image_embeds"]).all():
         dtype = tensors["image_embeds"].dtype
         raise BagError(f"bag {bag.id!r}: features hold NaN or infinity as {dtype}; bfloat16 and float32 hold the most.")
-    if (coords := _coords(bag)) is not None:
-        tensors["coords"] = coords
     made_of = {"id": bag.id, "images": [origin for origin, _ in seen]}
+    if bag.slides:
+        tiles = [picture for picture in pictures if isinstance(picture, Tile)]
+        tensors["coords"] = _coords_of_tiles(bag.slides, tiles)
+        made_of |= {"images": [], "slides": [_origin(slide) for slide in bag.slides]}
+        for number, slide in enumerate(bag.slides):
+            name = Path("tiles", f"{Path(file_name(bag.id)).stem}-{number}.jpg")
+            outlined = io.BytesIO()
+            draw_tiles(slide, [tile for tile in tiles if tile.slide == slide]).save(outlined, "JPEG", quality=85)
+            write_whole(folder / name, outlined.getvalue())
+    elif (coords := _coords(bag)) is not None:
+        tensors["coords"] = coords
     # One entry, since safetensors writes several in no order.
     write_whole(folder / file_name(bag.id), save(tensors, {MADE_OF: json.dumps(made_of)}))
+
+
+def _coords_of_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> Tensor:
+    """(N, 2), the upper left corners in pixels of the finest level; the slides of a case lie side by side."""
+    lefts = [0]
+    for slide in slides:  # on one lattice, with an empty column between two slides
+        columns = math.ceil(open_slide(slide).dimensions[0] / tiles[0].span) + 1
+        lefts.append(lefts[-1] + round(columns * tiles[0].span))
+    left_of = dict(zip(slides, lefts, strict=False))
+    return torch.tensor([(left_of[tile.slide] + tile.x, tile.y) for tile in tiles], dtype=torch.float32)
 
 
 def _coords(bag: Sample) -> Tensor | None:
@@ -355,17 +423,20 @@ def _check_is_made_of(file: Path, bag: Sample) -> None:
     remedy = f"delete the file to extract bag {bag.id!r} anew."
     try:
         with safe_open(file, framework="pt") as stored:
-            origins = json.loads((stored.metadata() or {}).get(MADE_OF, "{}")).get("images", [])
+            made_of = json.loads((stored.metadata() or {}).get(MADE_OF, "{}"))
             coords = stored.get_tensor("coords").tolist() if "coords" in stored.keys() else None  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise MivpgError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from None
-    if len(origins) != len(bag.images):
-        raise MivpgError(f"{file} was made of {len(origins)} images, and the bag has {len(bag.images)}; {remedy}")
-    for path, origin in zip(bag.images, origins, strict=True):
+    origins, paths = [*made_of.get("images", []), *made_of.get("slides", [])], [*bag.images, *bag.slides]
+    if len(origins) != len(paths):
+        raise MivpgError(f"{file} was made of {len(origins)} images, and the bag has {len(paths)}; {remedy}")
+    for path, origin in zip(paths, origins, strict=True):
         if not path.is_file():
             raise BagError(f"bag {bag.id!r}: {path} does not exist, expected a picture.")
         if [os.fspath(path), *stat(path)] != origin[:-1] and _digest(path) != origin[-1]:
             raise MivpgError(f"{file} was made of another image than {path} is now; {remedy}")
+    if bag.slides:
+        return
     wanted = _coords(bag)
     if coords != (None if wanted is None else wanted.tolist()):
         raise MivpgError(f"{file} was made with other coordinates of the images; {remedy}")

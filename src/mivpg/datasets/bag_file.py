@@ -2,9 +2,10 @@
 
     {"id": "sofa-1", "images": ["sofa-1/front.jpg", "sofa-1/side.jpg"], "captions": ["a two seater sofa"]}
 
-Besides `id` every field may be left out: `images` or `features` (a file that `read_features` reads), `coords` ([x, y]
-for each image), `captions`, `prompt`, `label`, `group` and `split`. Paths are relative to the file. A CSV file names
-the fields in its first line, puts `;` between images and `|` between captions, and has no `coords`.
+Besides `id` every field may be left out: `images`, `slides` (slide files, which `mivpg extract` cuts) or `features` (a
+file that `read_features` reads), `coords` ([x, y] for each image), `captions`, `prompt`, `label`, `group` and `split`.
+Paths are relative to the file. A CSV file names the fields in its first line, puts `;` between images and between
+slides and `|` between captions, and has no `coords`.
 
 What is wrong with the file is found here; what is wrong with one bag (no image, a file that cannot be read, an empty
 caption) is found when that bag is opened, so that one bad bag does not stop a run over thousands.
@@ -23,7 +24,7 @@ from mivpg.bags import SPLITS, Sample, Split, assign_splits
 from mivpg.errors import MivpgError
 from mivpg.files import write_whole
 
-CSV_FIELDS = ("id", "images", "features", "captions", "prompt", "label", "group", "split")
+CSV_FIELDS = ("id", "images", "slides", "features", "captions", "prompt", "label", "group", "split")
 FIELDS = (*CSV_FIELDS, "coords")
 
 
@@ -93,6 +94,8 @@ def write_bag_file(path: Path, samples: Iterable[Sample]) -> None:
         record: dict[str, Any] = {"id": sample.id}
         if sample.images:
             record["images"] = [os.path.relpath(image, path.parent) for image in sample.images]
+        if sample.slides:
+            record["slides"] = [os.path.relpath(slide, path.parent) for slide in sample.slides]
         if sample.features is not None:
             record["features"] = os.path.relpath(sample.features, path.parent)
         if sample.image_coords is not None and sample.features is None:  # a features file holds its own
@@ -135,8 +138,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if len(row) != len(header):
                     raise MivpgError(f"{len(row)} columns, expected {len(header)} as in the first line.")
                 record: dict[str, Any] = {field: text for field, text in zip(header, row, strict=True) if text}
-                if "images" in record:
-                    record["images"] = [image.strip() for image in record["images"].split(";") if image.strip()]
+                for field in {"images", "slides"} & record.keys():
+                    record[field] = [path.strip() for path in record[field].split(";") if path.strip()]
                 if "captions" in record:
                     record["captions"] = [caption.strip() for caption in record["captions"].split("|")]
                 yield rows.line_num, record
@@ -161,6 +164,7 @@ def _sample(record: dict[str, Any], folder: Path) -> Sample:
     return Sample(
         id=bag_id,
         images=tuple(folder / image for image in _texts(record, "images")),
+        slides=tuple(folder / slide for slide in _texts(record, "slides")),
         features=None if features is None else folder / features,
         image_coords=_coords(record),
         captions=_texts(record, "captions"),
