@@ -54,14 +54,16 @@ def test_commands(shop):
         "caption",
         "caption",
         "train",
+        "extract",
     ]
     for command in commands:
-        arguments = command.split("#")[0].split()[1:]
+        arguments = command.replace(HUB_ID, str(shop / "blip2")).split("#")[0].split()[1:]
         if "runs/demo" in command:
             continue  # tests/test_demo.py runs it
         if arguments[0] in ("caption", "evaluate"):
             arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
         subprocess.run([sys.executable, "-m", "mivpg.cli", *arguments], check=True)
+    assert len(list((shop / "features" / "blip2_28px_all_float16").glob("*.safetensors"))) == 20
     assert (shop / "metrics.json").is_file() and (shop / "captions.jsonl").is_file()
 
 
