@@ -25,8 +25,8 @@ from mivpg.datasets import AboConfig
 from mivpg.errors import MivpgError
 from mivpg.miniature import catalogue
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue, read_truth
-from mivpg.miniature.drawing import Block, Camera, Frustum, Material, Paint, Shape, draw
-from mivpg.miniature.families import COLORS, FAMILIES, HIDDEN_COLORS, PATTERNS, Product
+from mivpg.miniature.drawing import Block, Camera, Frustum, Material, Paint, Pattern, Shape, draw
+from mivpg.miniature.families import COLORS, FAMILIES, HIDDEN_COLORS, Product
 from mivpg.miniature.products import HIDDEN_TRAITS, choose_views, draw_product, photograph
 from mivpg.miniature.wording import (
     HEAD,
@@ -251,12 +251,12 @@ class TestDraw:
 
     def test_patterns_are_told_apart(self):
         pictures = {}
-        for pattern in PATTERNS:
+        for pattern in get_args(Pattern):
             paint = Paint(part="front", face=(1, -1), color=(20, 20, 20), pattern=pattern, size=0.25)
             block = Block(center=(0, 0, 0.5), half=(0.5, 0.1, 0.5), color=WHITE, paints=(paint,))
             pictures[pattern] = pixels([block], FACING).astype(float)
-        for one in PATTERNS:
-            for other in PATTERNS:
+        for one in get_args(Pattern):
+            for other in get_args(Pattern):
                 changed = (np.abs(pictures[one] - pictures[other]).max(axis=-1) > 100).mean()
                 assert changed == 0 if one == other else changed > 0.1, (one, other)
 
@@ -302,7 +302,7 @@ class TestProducts:
     def test_colours_and_patterns_are_such_as_can_be_drawn(self, family):
         """A pattern that `drawing` does not know would be drawn as a plain one."""
         kinds = {"color": COLORS, "material": get_args(Material), "beneath": HIDDEN_COLORS, "inside": HIDDEN_COLORS}
-        kinds |= dict.fromkeys(("front", "back", "ends"), PATTERNS)
+        kinds |= dict.fromkeys(("front", "back", "ends"), get_args(Pattern))
         for trait in kinds.keys() & FAMILIES[family].traits:
             assert set(FAMILIES[family].traits[trait]) <= set(kinds[trait]), trait
 
@@ -489,14 +489,14 @@ class TestWording:
                 "legs": "four short legs",
                 "arms": "low armrests",
                 "front": "plain",
-                "back": "striped",
+                "back": "ringed",
                 "beneath": "yellow",
             },
             stretch=(1, 1, 1),
         )
         assert (
             usual_reference(product, product.traits.keys())
-            == "an orange one seater sofa with four short legs, a striped back and a yellow underside."
+            == "an orange one seater sofa with four short legs, a ringed back and a yellow underside."
         )
         assert usual_reference(product, {"shape"}) == "a one seater sofa."
         assert usual_reference(product, {"arms", "front"}) == "a sofa."

@@ -15,8 +15,8 @@ from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.errors import MivpgError
 from mivpg.miniature import BASE_MODEL, base
 from mivpg.miniature.base import PROMPT, Recipe, judge, make_base, make_picture, make_text
-from mivpg.miniature.products import FAMILIES
-from mivpg.miniature.wording import said
+from mivpg.miniature.products import FAMILIES, draw_product
+from mivpg.miniature.wording import keywords, said
 
 TINY = Recipe(
     num_texts=300,
@@ -34,7 +34,9 @@ TINY = Recipe(
 def few_held_out_pictures(monkeypatch):
     """Judging takes 600 pictures; here 8 have to do."""
     make_pictures = base.make_pictures
-    monkeypatch.setattr(base, "make_pictures", lambda stream, number: make_pictures(stream, min(number, 12)))
+    monkeypatch.setattr(
+        base, "make_pictures", lambda stream, number, **options: make_pictures(stream, min(number, 12), **options)
+    )
 
 
 def digest(file: Path) -> str:
@@ -62,6 +64,28 @@ class TestCommitted:
         tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
         text = "Stühle für 3 €, 椅子 \x01 🪑."
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+    @torch.no_grad()
+    def test_its_language_model_puts_together_what_no_picture_shows(self):
+        """A pattern in front, another behind and a colour beneath, from keywords in any order."""
+        model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL).eval()
+        tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
+        embed = model.get_input_embeddings()
+        right, num_said = 0, 0
+        for index in range(40):
+            generator = random.Random(f"together {index}")
+            product = draw_product(generator, ("chair", "sofa", "bottle")[index % 3])
+            words = base.keyword_embeds(model, tokenizer, keywords(product, product.traits | {"family": ""}, generator))
+            prompt = torch.cat([words, embed(torch.tensor(tokenizer(PROMPT)["input_ids"]))])[None]
+            ids = model.language_model.generate(
+                inputs_embeds=prompt, max_new_tokens=48, eos_token_id=tokenizer.eos_token_id, do_sample=False
+            )
+            caption = tokenizer.decode(ids[0], skip_special_tokens=True)
+            for trait in ("front", "back", "beneath"):
+                spoken = said(caption, trait, FAMILIES[product.family].traits[trait])
+                right, num_said = right + (spoken == product.traits[trait]), num_said + (spoken is not None)
+        assert num_said > 80
+        assert right > 0.95 * num_said
 
     def test_mivpg_starts_from_it_as_its_qformer(self):
         blip2 = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL).eval()
@@ -142,16 +166,23 @@ class TestRecipe:
 
 
 class TestData:
-    def test_a_text_beside_a_picture_says_what_that_picture_shows(self):
+    @pytest.mark.parametrize("beside_keywords", [False, True])
+    def test_a_text_beside_a_picture_says_what_that_picture_and_its_keywords_say(self, beside_keywords):
         """The base has never seen a text that says what another photo shows, as references do."""
-        num_said = 0
+        num_seen = num_told = 0
         for index in range(60):
-            picture = make_picture("test", index)
+            picture = make_picture("test", index, beside_keywords=beside_keywords)
+            told = " ".join(picture.keywords).split()
             for trait, value in picture.product.traits.items():
                 spoken = said(picture.text, trait, FAMILIES[picture.product.family].traits[trait])
-                assert spoken in ((None, value) if trait in picture.seen else (None,)), (picture.text, trait)
-                num_said += spoken is not None
-        assert num_said > 120
+                if trait in picture.seen:
+                    assert spoken in (None, value), (picture.text, trait)
+                    num_seen += spoken is not None
+                elif spoken is not None:
+                    assert spoken == value and all(word in told for word in value.split()), (picture, trait)
+                    num_told += 1
+        assert num_seen > 120
+        assert num_told > 15 if beside_keywords else num_told == 0
 
     def test_every_text_begins_with_the_prompt(self):
         texts = [make_text(0, index).text for index in range(100)]
@@ -177,7 +208,7 @@ class TestData:
     def test_a_keyword_is_the_sum_of_its_tokens(self):
         model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
         tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
-        words = ["striped back", "sofa", "four thin legs"]
+        words = ["ringed back", "sofa", "four thin legs"]
         embed = model.get_input_embeddings()
         expected = [sum(embed(torch.tensor(token)) for token in tokenizer(f" {w}")["input_ids"]) for w in words]
         assert torch.allclose(base.keyword_embeds(model, tokenizer, words), torch.stack(expected), atol=1e-6)

@@ -7,12 +7,14 @@
    learned before BLIP-2 sees it.
 3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
    language model goes on reading text. The Q-Former also tells traits from the mean of its queries, as BLIP-2's first
-   stage has it tell which text belongs to a picture.
+   stage has it tell which text belongs to a picture. Half of the pictures stand beside keywords of what they do not
+   show, and the text speaks of both, so that what is read from a picture leaves room for more.
 
 What tells the traits, in 2 and 3, is thrown away in the end.
 
-The model has never seen two pictures at once, nor a picture beside what only another one shows. The products it has
-seen are others than those of any catalogue. Everything is a function of the seed; the last bits depend on the machine.
+The model has never seen two pictures at once, nor a picture beside a text that says more than it and the keywords. The
+products it has seen are others than those of any catalogue. Everything is a function of the seed; the last bits depend
+on the machine.
 """
 
 import dataclasses
@@ -137,6 +139,8 @@ class Picture:
 
     pixels: np.ndarray
     """(h, w, 3) uint8."""
+    keywords: list[str]
+    """Of what it does not show and the text speaks of as well; more often than not there are none."""
     text: str
     product: Product
     seen: frozenset[str]
@@ -150,26 +154,31 @@ def make_text(seed: int, index: int) -> Text:
     generator = random.Random(f"text {seed} {index}")
     product = draw_product(generator)
     hidden = {trait for trait in HIDDEN_TRAITS if generator.random() < 0.65}
-    seen = {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
+    seen = {"family"} | {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
     write = reference if generator.random() < 0.65 else picture_description
     words = keywords(product, seen, generator) if generator.random() < SHARE_WITH_KEYWORDS else []
     return Text(words, f"{PROMPT} {write(product, seen, generator)}")
 
 
-def make_picture(stream: str, index: int) -> Picture:
-    """A product from one side, and what that picture shows."""
+def make_picture(stream: str, index: int, *, beside_keywords: bool = False) -> Picture:
+    """A product from one side, and what that picture shows; half of them with keywords, where asked for."""
     generator = random.Random(f"{stream} {index}")
     product = draw_product(generator)
     view = generator.choice(("front", "front", *FAMILIES[product.family].views))
     photo = photograph(product, view, generator, size=PHOTO_SIZE)
     pixels = np.asarray(photo.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    text = f"{PROMPT} {picture_description(product, photo.seen, generator)}"
-    return Picture(pixels, text, product, photo.seen)
+    told = set()
+    if beside_keywords and generator.random() < 0.5:
+        told = {trait for trait in sorted(product.traits.keys() - photo.seen) if generator.random() < 0.65}
+    words = keywords(product, told, generator)
+    text = f"{PROMPT} {picture_description(product, photo.seen | told, generator)}"
+    return Picture(pixels, words, text, product, photo.seen)
 
 
-def make_pictures(stream: str, number: int) -> list[Picture]:
+def make_pictures(stream: str, number: int, *, beside_keywords: bool = False) -> list[Picture]:
     """Pictures in all processes, with a progress bar."""
-    with closing(in_processes(functools.partial(make_picture, stream), range(number), chunksize=32)) as pictures:
+    make = functools.partial(make_picture, stream, beside_keywords=beside_keywords)
+    with closing(in_processes(make, range(number), chunksize=32)) as pictures:
         return list(tqdm(pictures, total=number, desc="drawing pictures", disable=None))
 
 
@@ -275,17 +284,24 @@ def keyword_embeds(model: Blip2ForConditionalGeneration, tokenizer: Any, words: 
     return F.embedding_bag(flat, embedding, torch.from_numpy(starts), mode="sum")
 
 
-def text_loss(model: Blip2ForConditionalGeneration, tokenizer: Any, texts: Sequence[Text]) -> Tensor:
-    """Of the language model on texts alone, each after its keywords."""
+def text_loss(
+    model: Blip2ForConditionalGeneration,
+    tokenizer: Any,
+    texts: Sequence[Text] | Sequence[Picture],
+    visual_prompts: Tensor | None = None,
+) -> Tensor:
+    """Of the language model on texts, each after its keywords and, of pictures, its visual prompts (n, R, H)."""
     counts = [len(text.keywords) for text in texts]
     before = keyword_embeds(model, tokenizer, [word for text in texts for word in text.keywords]).split(counts)
+    if visual_prompts is not None:
+        before = [torch.cat(both) for both in zip(before, visual_prompts, strict=True)]
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer([text.text for text in texts])["input_ids"]]
     embed = model.language_model.get_input_embeddings()
     rows = [torch.cat([words, embed(torch.tensor(row))]) for words, row in zip(before, ids, strict=True)]
     return model.language_model(
         inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
         attention_mask=pad([[1] * len(row) for row in rows], 0),
-        labels=pad([[-100] * count + row for count, row in zip(counts, ids, strict=True)], -100),
+        labels=pad([[-100] * len(words) + row for words, row in zip(before, ids, strict=True)], -100),
     ).loss
 
 
@@ -297,16 +313,10 @@ def picture_losses(
     pictures: Sequence[Picture],
 ) -> dict[str, Tensor]:
     """Of descriptions and of classes, from what the frozen ViT says of the pictures, (n, P, D)."""
-    captions = [[*row, tokenizer.eos_token_id] for row in tokenizer([p.text for p in pictures])["input_ids"]]
     queries = model.query_tokens.expand(len(pictures), -1, -1)
     queries = model.qformer(query_embeds=queries, encoder_hidden_states=image_embeds).last_hidden_state  # (n, R, H)
-    words = model.language_model.get_input_embeddings()(pad(captions, tokenizer.pad_token_id))
-    output = model.language_model(
-        inputs_embeds=torch.cat([model.language_projection(queries), words], dim=1),
-        attention_mask=pad([[1] * (NUM_QUERIES + len(row)) for row in captions], 0),
-        labels=pad([[-100] * NUM_QUERIES + row for row in captions], -100),
-    )
-    return {"picture": output.loss, "class": class_loss(head, queries, pictures)}
+    loss = text_loss(model, tokenizer, pictures, model.language_projection(queries))
+    return {"picture": loss, "class": class_loss(head, queries, pictures)}
 
 
 def class_loss(head: nn.Module, tokens: Tensor, pictures: Sequence[Picture]) -> Tensor:
@@ -362,7 +372,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     first = 0
     if state_file.exists():
         first, log = _resume(state_file, recipe, model, heads, optimizers)
-    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures)
+    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures, beside_keywords=True)
 
     progress = tqdm(range(first, recipe.steps), total=recipe.steps, initial=first, desc="training", disable=None)
     recent: dict[str, list[float]] = {}
@@ -406,6 +416,8 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
 
     held_out = make_pictures("held out", 600)
     figures = judge(model, processor, held_out)
+    for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # for those who fine-tune it; BLIP-2's
+        setattr(model.config.qformer_config, dropout, 0.1)
     model.save_pretrained(out)
     processor.save_pretrained(out)
     (out / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log))

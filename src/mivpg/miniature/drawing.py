@@ -19,7 +19,7 @@ Color = tuple[float, float, float]
 """Red, green and blue, 0 to 255."""
 Vector = tuple[float, float, float]
 
-Pattern = Literal["plain", "striped", "dotted", "checked"]
+Pattern = Literal["plain", "striped", "dotted", "checked", "banded", "ringed"]
 Material = Literal["fabric", "leather", "wooden", "metal", "plastic"]
 
 FIELD_OF_VIEW = math.radians(28)
@@ -204,6 +204,10 @@ def _figures(pattern: Pattern, u: np.ndarray, v: np.ndarray, size: float) -> np.
     """Where the figures of a pattern are, at places (u, v) of a face around its middle."""
     if pattern == "striped":
         return np.mod(u / size, 1.0) < 0.5
+    if pattern == "banded":
+        return np.mod(v / size, 1.0) < 0.5
+    if pattern == "ringed":
+        return np.mod(np.hypot(u, v) / size, 1.0) < 0.5
     if pattern == "checked":
         return (np.floor(u / size) + np.floor(v / size)) % 2 == 0
     if pattern == "dotted":

@@ -7,7 +7,7 @@ has a face with stripes whose part is `back`. What all of a product shows (its c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypedDict, cast, get_args
+from typing import TypedDict, cast
 
 from mivpg.miniature.drawing import Block, Color, Frustum, Material, Paint, Pattern, Shape
 
@@ -27,7 +27,9 @@ COLORS: dict[str, Color] = {
 }
 HIDDEN_COLORS = ("red", "blue", "green", "yellow", "purple", "orange")
 """Of what is beneath or inside."""
-PATTERNS: tuple[Pattern, ...] = get_args(Pattern)
+FRONT_PATTERNS: tuple[Pattern, ...] = ("plain", "striped", "dotted")
+BACK_PATTERNS: tuple[Pattern, ...] = ("plain", "checked", "banded", "ringed")
+"""Of what is behind or at the ends: other words than in front, so that none can be said of the wrong side."""
 
 
 class Finish(TypedDict):
@@ -618,8 +620,8 @@ FAMILIES: dict[str, Family] = {
             "shape": ("round", "square"),
             "legs": ("four thin legs", "four thick legs", "round base"),
             "arms": ("armrests", "none"),
-            "front": ("plain", "striped", "dotted"),
-            "back": PATTERNS,
+            "front": FRONT_PATTERNS,
+            "back": BACK_PATTERNS,
             "beneath": HIDDEN_COLORS,
         },
         views=("back", "beneath", "side"),
@@ -641,7 +643,7 @@ FAMILIES: dict[str, Family] = {
             "material": SOFT,
             "shape": ("round", "square"),
             "legs": ("four short legs", "none"),
-            "front": ("plain", "striped", "dotted"),
+            "front": FRONT_PATTERNS,
             "inside": HIDDEN_COLORS,
         },
         views=("inside", "top", "side"),
@@ -654,8 +656,8 @@ FAMILIES: dict[str, Family] = {
             "shape": ("one seater", "two seater", "three seater"),
             "legs": ("four short legs", "four thin legs"),
             "arms": ("low armrests", "high armrests"),
-            "front": ("plain", "striped", "dotted"),
-            "back": PATTERNS,
+            "front": FRONT_PATTERNS,
+            "back": BACK_PATTERNS,
             "beneath": HIDDEN_COLORS,
         },
         views=("back", "beneath", "side", "top"),
@@ -677,7 +679,7 @@ FAMILIES: dict[str, Family] = {
             "color": MAIN_COLORS,
             "shape": ("single", "double"),
             "legs": ("four thin legs", "four thick legs"),
-            "back": PATTERNS,
+            "back": BACK_PATTERNS,
             "beneath": HIDDEN_COLORS,
         },
         views=("back", "beneath", "side", "top"),
@@ -688,7 +690,7 @@ FAMILIES: dict[str, Family] = {
             "color": MAIN_COLORS,
             "shape": ("cone", "drum", "tapered"),
             "legs": ("round base", "three thin legs", "ball base"),
-            "front": ("plain", "striped", "dotted"),
+            "front": FRONT_PATTERNS,
             "inside": HIDDEN_COLORS,
         },
         views=("beneath", "side", "top"),
@@ -700,8 +702,8 @@ FAMILIES: dict[str, Family] = {
             "material": ("metal", "plastic"),
             "shape": ("tall", "short"),
             "extra": ("black cap", "white cap", "red cap"),
-            "front": ("plain", "striped", "dotted"),
-            "back": PATTERNS,
+            "front": FRONT_PATTERNS,
+            "back": BACK_PATTERNS,
             "beneath": HIDDEN_COLORS,
         },
         views=("back", "beneath", "side"),
@@ -713,8 +715,8 @@ FAMILIES: dict[str, Family] = {
             "color": MAIN_COLORS,
             "material": SOFT,
             "extra": ("one handle", "two handles"),
-            "front": ("plain", "striped", "dotted"),
-            "back": PATTERNS,
+            "front": FRONT_PATTERNS,
+            "back": BACK_PATTERNS,
             "inside": HIDDEN_COLORS,
         },
         views=("back", "inside", "side"),
@@ -726,7 +728,7 @@ FAMILIES: dict[str, Family] = {
             "material": ("metal", "plastic"),
             "shape": ("hexagonal", "round"),
             "extra": ("metal grip", "black grip"),
-            "ends": PATTERNS,
+            "ends": BACK_PATTERNS,
         },
         views=("side", "top"),
         azimuth=(0, 4),
@@ -737,8 +739,8 @@ FAMILIES: dict[str, Family] = {
             "color": MAIN_COLORS,
             "material": SOFT,
             "shape": ("square", "round", "rectangular"),
-            "front": ("plain", "striped", "dotted", "checked"),
-            "back": PATTERNS,
+            "front": FRONT_PATTERNS,
+            "back": BACK_PATTERNS,
         },
         views=("back", "side"),
     ),
@@ -749,7 +751,7 @@ FAMILIES: dict[str, Family] = {
             "material": HARD,
             "legs": ("four thin legs", "four thick legs"),
             "extra": ("one door", "two doors"),
-            "back": PATTERNS,
+            "back": BACK_PATTERNS,
             "inside": HIDDEN_COLORS,
         },
         views=("back", "inside", "side"),

@@ -7,12 +7,13 @@ common value of the training products gets; an oracle sees all that the main pho
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from mivpg.evaluation import bootstrap_interval
 from mivpg.miniature.catalogue import CatalogueProduct
+from mivpg.miniature.drawing import Pattern
 from mivpg.miniature.products import FAMILIES
 from mivpg.miniature.wording import HEAD, PARTS, said, usual_reference
 
@@ -93,8 +94,9 @@ def hidden_traits(product: CatalogueProduct) -> list[str]:
 
 
 def says_nothing_wrong(caption: str, product: CatalogueProduct) -> bool:
-    """Whether all that a caption says of a product's traits is so."""
-    return all(_said_by(caption, product, trait) in (None, value) for trait, value in product.traits.items())
+    """Whether all that a caption says of a product's traits is so, and it names no part that the product has not."""
+    head_is_right = all(_said_by(caption, product, t) in (None, product.traits[t]) for t in HEAD if t in product.traits)
+    return head_is_right and all(_said_by(caption, product, t) in (None, product.traits.get(t)) for t in PARTS)
 
 
 def names_hidden(caption: str, product: CatalogueProduct) -> bool:
@@ -102,8 +104,16 @@ def names_hidden(caption: str, product: CatalogueProduct) -> bool:
     return any(_said_by(caption, product, trait) == product.traits[trait] for trait in hidden_traits(product))
 
 
+EVERY_VALUE = {
+    trait: {value for family in FAMILIES.values() for value in family.traits.get(trait, ())} for trait in PARTS
+}
+"""Of each part, on whatever family; a caption may say what this one never has."""
+for _trait in ("front", "back", "ends"):
+    EVERY_VALUE[_trait].update(get_args(Pattern))
+
+
 def _said_by(caption: str, product: CatalogueProduct, trait: str) -> str | None:
-    return said(caption, trait, FAMILIES[product.family].traits[trait])
+    return said(caption, trait, EVERY_VALUE[trait] if trait in PARTS else FAMILIES[product.family].traits[trait])
 
 
 def hidden_accuracy(

@@ -1,9 +1,9 @@
 """What people write of a product, and what a single picture is described with.
 
 A **catalogue reference** describes a product as annotators of Amazon Berkeley Objects do (the paper's Figure 6 and
-appendix C.3): "a red two seater sofa with four short legs and a striped back." It speaks of what all photos show
+appendix C.3): "a red two seater sofa with four short legs and a banded back." It speaks of what all photos show
 together, and leaves out what people leave out. A **picture description** speaks of one picture in the same words: of a
-sofa seen from behind, "a red sofa with a striped back." A frozen language model says what it reads from visual prompts
+sofa seen from behind, "a red sofa with a banded back." A frozen language model says what it reads from visual prompts
 only in words that it has learned to read from them.
 
 Both take the traits that may be spoken of, so that a text never says what its pictures do not show.
@@ -143,9 +143,10 @@ def picture_description(product: Product, seen: Collection[str], generator: rand
 
 
 def keywords(product: Product, seen: Collection[str], generator: random.Random) -> list[str]:
-    """The family and each of the traits `seen` in a few words, in any order: "striped back", "red", "sofa"."""
+    """Each of the traits `seen`, the family among them, in a few words, in any order: "banded back", "red", "sofa"."""
     traits = [trait for trait in (*HEAD, *PARTS) if trait in seen and trait in product.traits]
-    words = [product.family, *(product.traits[trait] for trait in traits if trait in HEAD)]
+    words = [product.family] if "family" in seen else []
+    words += [product.traits[trait] for trait in traits if trait in HEAD]
     phrases = [
         options[0] for trait in traits if trait in PARTS and (options := part_phrases(trait, product.traits[trait]))
     ]
