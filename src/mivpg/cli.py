@@ -402,7 +402,7 @@ def miniature_base(*, out: Path, seed: int = 0) -> None:
 
 
 @app.command
-def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 5) -> None:
+def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 4) -> None:
     """See the whole idea work: a generated catalogue, five ways to caption it, a report; in minutes, without a GPU.
 
     Args:

@@ -101,7 +101,7 @@ class DemoConfig:
     """Draws products, split and training order."""
     num_products: int = 1500
     """Split 70/10/20 by the reader of Amazon Berkeley Objects."""
-    num_train_epochs: int = 5
+    num_train_epochs: int = 4
     """Passes over all pairs of a training product and one of its references."""
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -239,7 +239,9 @@ def _run_arms(out: Path, config: DemoConfig, num_pairs: int) -> None:
     """
     (out / "captions").mkdir(exist_ok=True)
     (out / "logs").mkdir(exist_ok=True)
-    waiting = [arm for arm in reversed(ARMS) if not _is_done(out, arm)]
+    waiting = [arm for arm in ARMS if not _is_done(out, arm)]
+    # The longest first, so that none is left to run alone: all patches of all photos, pooled ones, one photo.
+    waiting.sort(key=lambda arm: (not arm.trains, arm.photos == "main", arm.model["patch_pooling"] != "none"))
     context = multiprocessing.get_context("spawn")
     running: dict[str, Any] = {}
     steps = config.num_train_epochs * math.ceil(num_pairs / config.batch_size)

@@ -180,7 +180,7 @@ def file_name(bag_id: str) -> str:
 def store_name(
     model: str, processor: MivpgProcessor, tokens: Tokens, dtype: str, tiling: TileOptions | None = None
 ) -> str:
-    """A name for a store that says what is in it, such as "blip2-opt-2.7b_224px_cls_float16", and how slides are cut."""
+    """A name for a store that says what is in it, "blip2-opt-2.7b_224px_cls_float16", and how slides are cut."""
     size = (
         getattr(processor.image_processor, "crop_size", None) or getattr(processor.image_processor, "size", None) or {}
     )
