@@ -254,6 +254,28 @@ def test_the_reference_is_a_function_of_seed_epoch_and_index(photos):
     assert [other[key].caption for key in keys] != list(drawn.values())
 
 
+def test_a_larger_bag_shows_some_of_its_images_in_each_epoch(tmp_path, photos):
+    embeds = torch.arange(50.0)[:, None, None].expand(50, 2, 3).contiguous()
+    coords = torch.stack([torch.arange(50.0), torch.zeros(50)], dim=1)
+    save_file({"image_embeds": embeds, "coords": coords}, tmp_path / "a.safetensors")
+    samples = [Sample(id="a", features=tmp_path / "a.safetensors"), Sample(id="b", images=photos)]
+    dataset = BagDataset(samples, max_images=8)
+    assert dataset.sizes() == [8, 3]
+    seen = set()
+    for epoch in range(40):
+        bag = dataset[epoch, 0]
+        rows = bag.image_embeds[:, 0, 0]
+        assert len(rows) == 8 and torch.equal(rows, rows.unique())  # in their order, each once
+        assert torch.equal(bag.image_coords[:, 0], rows)
+        assert torch.equal(dataset[epoch, 0].image_embeds, bag.image_embeds)
+        seen |= set(rows.tolist())
+    assert seen == set(range(50))
+    assert len(dataset[0, 1].images) == 3
+    few = BagDataset(samples, max_images=2)[5, 1]
+    assert len(few.images) == 2
+    assert not torch.equal(BagDataset(samples, max_images=8, seed=1)[0, 0].image_embeds, dataset[0, 0].image_embeds)
+
+
 def test_a_bag_that_cannot_be_opened_is_named(photos, tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
     samples = [
@@ -294,7 +316,7 @@ def test_what_would_stop_training_is_found_beforehand(photos, tmp_path):
     assert after(as_photos, images=(tmp_path / "no.png",)) == (
         f"bag 'bad': {tmp_path / 'no.png'} does not exist, expected a picture."
     )
-    assert after(as_photos) == "bag 'bad': no image, expected at least one (or a features file)."
+    assert after(as_photos) == "bag 'bad': no image, expected at least one (or a slide, or a features file)."
     assert after(as_photos, images=photos, captions=()) == "bag 'bad': no caption, expected at least one to train on."
     assert after(as_photos, images=photos, captions=("x", "\t")).startswith("bag 'bad': an empty caption")
     assert after(as_photos, images=photos, features=tmp_path / "4.npy").startswith("bag 'bad': both images and")

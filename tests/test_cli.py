@@ -565,7 +565,7 @@ def test_a_bad_line_of_a_bag_file(world, tmp_path, line, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"images": []}, "no image, expected at least one (or a features file)."),
+        ({"images": []}, "no image, expected at least one (or a slide, or a features file)."),
         ({"captions": ["a chair", ""]}, "an empty caption; fill it in or leave it out."),
         ({"captions": []}, "no caption, expected at least one to train on."),
     ],
@@ -665,7 +665,7 @@ def test_a_config_that_is_none(tmp_path, text, message):
         ({"betas": 0.9}, 1, "{config}: betas: Incorrect number of arguments: expected 2 but got 1."),
         ({"learning_rate": "fast"}, 2, 'Invalid value for [learning_rate] from {config}: unable to convert "fast"'),
         ({"dataset": {"bag_file": {"split_seed": 3}}}, 1, "{config}: dataset.bag_file.path is missing; add it, or "),
-        ({"dataset": {}}, 1, "dataset names nothing, expected one of bag_file, abo."),
+        ({"dataset": {}}, 1, "dataset names nothing, expected one of bag_file, abo, patch_gastric, coco."),
     ],
 )
 def test_a_field_of_another_kind(world, tmp_path, fields, code, message):

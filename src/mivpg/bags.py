@@ -211,15 +211,30 @@ class BagDataset(Dataset):
     Args:
         samples: What `mivpg.datasets` read, of one split.
         prompt: For samples without a prompt of their own.
-        seed: Of the choice among several references.
+        seed: Of the choice among several references and among images.
         training: Whether a bag carries a caption: one reference, drawn anew every epoch.
+        max_images: Of a larger bag so many images, drawn anew every epoch, in their order.
     """
 
-    def __init__(self, samples: Sequence[Sample], *, prompt: str = "", seed: int = 0, training: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        training: bool = False,
+        max_images: int | None = None,
+    ) -> None:
         self.samples = samples
         self.prompt = prompt
         self.seed = seed
         self.training = training
+        self.max_images = max_images
+
+    def sizes(self) -> list[int]:
+        """Images of each bag, as it will be opened."""
+        sizes = [bag_size(sample) for sample in self.samples]
+        return sizes if self.max_images is None else [min(size, self.max_images) for size in sizes]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -239,12 +254,17 @@ class BagDataset(Dataset):
         with naming(sample):
             check_record(sample)
             _check_is_cut(sample)
+            chosen = self._choose_images(sample, epoch, index)
             if sample.features is None:
-                images = [open_image(path) for path in sample.images]
+                paths = sample.images if chosen is None else [sample.images[i] for i in chosen]
+                images = [open_image(path) for path in paths]
             else:
                 image_embeds, coords = read_features(sample.features)
             if coords is None and sample.image_coords is not None:
                 coords = torch.tensor(sample.image_coords, dtype=torch.float32)  # (N, 2)
+            if chosen is not None:
+                image_embeds = None if image_embeds is None else image_embeds[chosen]
+                coords = None if coords is None else coords[chosen]
             if self.training:
                 _check_has_caption(sample)
                 caption = random.Random(f"{self.seed} {epoch} {index}").choice(sample.captions)
@@ -257,6 +277,13 @@ class BagDataset(Dataset):
             prompt=prompt,
             caption=caption,
         )
+
+    def _choose_images(self, sample: Sample, epoch: int, index: int) -> list[int] | None:
+        """Numbers of the images that this epoch sees; None = all."""
+        if self.max_images is None or (number := bag_size(sample)) <= self.max_images:
+            return None
+        generator = random.Random(f"{self.seed} {epoch} {index} images")
+        return sorted(generator.sample(range(number), self.max_images))
 
 
 class BagSampler(Sampler[tuple[int, int]]):

@@ -202,6 +202,8 @@ class TrainConfig:
     """Decides which checkpoint becomes `best/`."""
     references: Literal["each", "random"] = "each"
     """Of a bag with several: each makes a pair, all trained on in an epoch; or one is drawn at random in each epoch."""
+    max_images: int | None = None
+    """In training, of a larger bag so many images, drawn anew in each epoch; captions are written from all."""
     early_stopping_patience: int | None = None
     """Stop after this many epochs without a better `best_metric`."""
     save_steps: int | None = None
@@ -216,7 +218,8 @@ class TrainConfig:
     """Processes that open bags ahead of training; 0 = none."""
 
     def __post_init__(self) -> None:
-        for name in ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+        counts = ("num_train_epochs", "batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps")
+        for name in (*counts, "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MivpgError(f"{name} is {value}, expected at least 1.")
@@ -264,7 +267,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         model,
         args,
         processor,
-        BagDataset(pairs, prompt=config.prompt, seed=config.seed, training=True),
+        BagDataset(pairs, prompt=config.prompt, seed=config.seed, training=True, max_images=config.max_images),
         BagDataset(val_samples, prompt=config.prompt) if val_samples else None,
         validation=config.validation,
         early_stopping_patience=config.early_stopping_patience,
@@ -448,7 +451,7 @@ class MivpgTrainer(Trainer):
         save_every: int | None = None,
     ) -> None:
         self.sampler = BagSampler(
-            [bag_size(sample) for sample in train_dataset.samples],
+            train_dataset.sizes(),
             seed=args.seed,
             block=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         )
