@@ -389,7 +389,7 @@ def miniature_abo(*, out: Path, num_products: int = 1500, seed: int = 0) -> None
 
 @app.command(name="miniature-base")
 def miniature_base(*, out: Path, seed: int = 0) -> None:
-    """Train the base model that comes with the package anew, on generated single pictures; about twenty minutes.
+    """Train the base model that comes with the package anew, on generated single pictures; about half an hour.
 
     Args:
         out: A new or empty folder, or one in which this was interrupted.
