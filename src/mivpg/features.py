@@ -120,20 +120,18 @@ def extract_features(
     process = PartialState(cpu=model.device.type == "cpu")
     with process.main_process_first():
         _claim(folder, maker, of_model=model)
-    missing, pictures = set(), dict[str, Sequence[_Picture]]()
-    num_images = num_missing = 0
+    missing: dict[str, Sequence[_Picture]] = {}  # the pictures of each bag that has no file yet
+    num_there = 0
     mine = _share_of(bags, process.process_index, process.num_processes)
     for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
         if (file := folder / file_name(bag.id)).exists():
             _check_is_made_of(file, bag)
-            num_images += features_shape(file)[0]
+            num_there += features_shape(file)[0]
         else:
-            missing.add(bag.id)
-            pictures[bag.id] = _pictures_of(bag, tiling)
-            num_images += len(pictures[bag.id])
-            num_missing += len(pictures[bag.id])
+            missing[bag.id] = _pictures_of(bag, tiling)
+    num_missing = sum(map(len, missing.values()))
 
-    opened = _open_batches(processor, bags, pictures, batch_size)
+    opened = _open_batches(processor, bags, missing, batch_size)
     announced = False
     was_training = model.training
     model.eval()
@@ -141,7 +139,7 @@ def extract_features(
         # disable=None: no bar where the output is not a terminal
         with (
             closing(opened),
-            tqdm(total=num_images, initial=num_images - num_missing, unit="image", disable=None) as progress,
+            tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
         ):
             seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
             for batch in opened:
@@ -160,8 +158,8 @@ def extract_features(
                     if image.bag.id not in missing:
                         continue
                     seen.append((image.origin, row))
-                    if len(seen) == len(pictures[image.bag.id]):
-                        _write_bag(folder, image.bag, pictures[image.bag.id], seen)
+                    if len(seen) == len(missing[image.bag.id]):
+                        _write_bag(folder, image.bag, missing[image.bag.id], seen)
                         seen = []
                     progress.update()
     finally:

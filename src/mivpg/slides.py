@@ -63,12 +63,16 @@ class Tile:
     """Pixels a side of the picture."""
 
     def open(self) -> Image.Image:
-        """Reads the tile, RGB, `size` pixels a side.
+        """Reads the tile, RGB, `size` pixels a side, from the coarsest level that is still fine enough.
 
         Raises:
             BagError: The file is damaged there.
         """
-        return _read_square(self.slide, self.x, self.y, self.span, self.size)
+        slide = open_slide(self.slide)
+        level = slide.get_best_level_for_downsample(self.span / self.size)
+        side = max(round(self.span / slide.level_downsamples[level]), 1)
+        square = _read(self.slide, (self.x, self.y), level, (side, side))
+        return square if side == self.size else square.resize((self.size, self.size), Image.Resampling.BICUBIC)
 
 
 def find_tiles(path: Path, options: TileOptions) -> list[Tile]:
@@ -178,15 +182,6 @@ def _overview(path: Path, downsample: float) -> Image.Image:
             if min(small) > 0:
                 picture.paste(block.resize(small, Image.Resampling.BOX), first)
     return picture
-
-
-def _read_square(path: Path, x: int, y: int, span: float, size: int) -> Image.Image:
-    """A square of the slide, read from the coarsest level that is still fine enough."""
-    slide = open_slide(path)
-    level = slide.get_best_level_for_downsample(span / size)
-    side = max(round(span / slide.level_downsamples[level]), 1)
-    square = _read(path, (x, y), level, (side, side))
-    return square if side == size else square.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _read(path: Path, where: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
