@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from families import save_blip2, save_language_model, save_vision_model
 from mivpg import MivpgForConditionalGeneration, MivpgProcessor, images, score_captions, training
 from mivpg.cli import main
+from mivpg.datasets import CocoConfig, PatchGastricConfig
 from mivpg.miniature import BASE_MODEL
 from test_abo import Shop
 from test_images import png_of
@@ -257,15 +258,22 @@ def test_without_a_model_the_one_in_the_package_captions_and_says_what_it_is(wor
     assert named.out == result.out and named.err == ""
 
 
-def test_the_miniature_catalogue_is_told_in_one_line(tmp_path):
+def test_what_a_miniature_holds_is_told_in_one_line(tmp_path):
     out = done("miniature", "abo", "--out", tmp_path / "shop", "--num-products", 3, "--seed", 5)
     assert out.startswith(f"{tmp_path / 'shop'}: 3 generated products with ")
+    out = done("miniature", "coco", "--out", tmp_path / "scenes", "--num-pictures", 3, "--seed", 5)
+    assert out == f"{tmp_path / 'scenes'}: 3 generated scenes.\n"
+    assert len(CocoConfig(root=tmp_path / "scenes").load()) == 3
+    out = done("miniature", "patch-gastric", "--out", tmp_path / "slides", "--num-slides", 2, "--mean-patches", 6)
+    assert out == f"{tmp_path / 'slides'}: 2 generated slides.\n"
+    assert len(PatchGastricConfig(root=tmp_path / "slides").load()) == 2
     assert "num_products = 3, and 4 is asked for" in refusal(
         tmp_path, "miniature", "abo", "--out", tmp_path / "shop", "--num-products", 4, "--seed", 5
     )
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")
-    assert "expected a new folder" in refusal(tmp_path, "miniature", "abo", "--out", tmp_path / "mine")
+    for name in ("abo", "coco", "patch-gastric"):
+        assert "expected a new folder" in refusal(tmp_path, "miniature", name, "--out", tmp_path / "mine")
     assert "expected a new folder" in refusal(tmp_path, "miniature-base", "--out", tmp_path / "mine")
 
 

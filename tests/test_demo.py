@@ -249,7 +249,7 @@ def test_the_example_that_works_says_nothing_wrong_and_something_hidden():
     ]
     assert [says_nothing_wrong(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, False, True]
     assert [names_hidden(CAPTIONS[item_id], truth[item_id]) for item_id in "abcd"] == [True, False, True, False]
-    for part in ("a round base", "a red underside", "a ringed back", "one handle"):  # which it has not
+    for part in ("a round base", "a red underside", "a banded back", "one handle"):  # which it has not
         assert not says_nothing_wrong(f"a red pillow with {part}.", truth["a"])
     assert says_nothing_wrong("a red pillow.", truth["a"])
     assert _example_that_works(examples, CAPTIONS, truth).id == "a"

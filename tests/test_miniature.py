@@ -23,8 +23,8 @@ from PIL import Image
 
 from mivpg.datasets import AboConfig
 from mivpg.errors import MivpgError
-from mivpg.miniature import catalogue
-from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue, read_truth
+from mivpg.miniature import catalogue, folders
+from mivpg.miniature.catalogue import PHOTO_SIZE, CatalogueProduct, make_catalogue, read_truth
 from mivpg.miniature.drawing import Block, Camera, Frustum, Material, Paint, Pattern, Shape, draw
 from mivpg.miniature.families import COLORS, FAMILIES, HIDDEN_COLORS, Product
 from mivpg.miniature.products import HIDDEN_TRAITS, choose_views, draw_product, photograph
@@ -489,14 +489,14 @@ class TestWording:
                 "legs": "four short legs",
                 "arms": "low armrests",
                 "front": "plain",
-                "back": "ringed",
+                "back": "banded",
                 "beneath": "yellow",
             },
             stretch=(1, 1, 1),
         )
         assert (
             usual_reference(product, product.traits.keys())
-            == "an orange one seater sofa with four short legs, a ringed back and a yellow underside."
+            == "an orange one seater sofa with four short legs, a banded back and a yellow underside."
         )
         assert usual_reference(product, {"shape"}) == "a one seater sofa."
         assert usual_reference(product, {"arms", "front"}) == "a sofa."
@@ -510,8 +510,8 @@ class TestWording:
             ("a blue bottle with a red cap", "color", "blue"),
             ("a bottle with a red cap", "color", None),
             ("A Red Chair.", "color", "red"),
-            ("a red chair with a ringed pattern on the back", "back", "ringed"),
-            ("a red chair with a ringed pattern on the back", "front", None),
+            ("a red chair with a banded pattern on the back", "back", "banded"),
+            ("a red chair with a banded pattern on the back", "front", None),
             ("a bag with two handles", "extra", "two handles"),
             ("a sofa", "extra", None),
             ("", "color", None),
@@ -559,7 +559,7 @@ def interrupt_after(monkeypatch, number: int) -> None:
             yield result
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(catalogue, "tqdm", progress)
+    monkeypatch.setattr(folders, "tqdm", progress)
 
 
 @pytest.fixture(scope="module")
@@ -605,7 +605,7 @@ class TestCatalogue:
             for path in sample.images:
                 with Image.open(path) as image:
                     image.load()
-                    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (160, 160))
+                    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (PHOTO_SIZE, PHOTO_SIZE))
         assert len(AboConfig(root=root).load()) == NUM_PRODUCTS
         photos = sorted(path.stem for path in root.rglob("*.jpg"))
         assert photos == sorted(image for product in products for image in product.images)
@@ -615,7 +615,7 @@ class TestCatalogue:
         with gzip.open(made[0] / "images" / "metadata" / "images.csv.gz", "rt", newline="") as file:
             rows = list(csv.reader(file))
         assert rows[0] == ["image_id", "height", "width", "path"]
-        assert all(row[1:] == ["160", "160", f"{row[0][:2]}/{row[0]}.jpg"] for row in rows[1:])
+        assert all(row[1:] == [str(PHOTO_SIZE), str(PHOTO_SIZE), f"{row[0][:2]}/{row[0]}.jpg"] for row in rows[1:])
 
     def test_photos_are_of_their_product(self, made):
         """Drawn again from the same seed, without JPEG: hardly anything differs."""
@@ -627,7 +627,7 @@ class TestCatalogue:
             products[0].family, products[0].traits, products[0].views,
         )  # fmt: skip
         for image_id, view, seen in zip(products[0].images, views, products[0].seen, strict=True):
-            photo = photograph(product, view, generator, size=160)
+            photo = photograph(product, view, generator, size=PHOTO_SIZE)
             assert photo.seen == set(seen)
             with Image.open(root / "images" / "small" / image_id[:2] / f"{image_id}.jpg") as image:
                 assert np.abs(np.asarray(image, int) - np.asarray(photo.image, int)).mean() < 3
@@ -637,7 +637,7 @@ class TestCatalogue:
         monkeypatch.setattr(catalogue, "PHOTO_SIZE", 24)
         counts, numbers = Counter(), Counter()
         for index in range(120):
-            product = catalogue._make_product(tmp_path, 5, index)
+            product = catalogue._product(catalogue._make_product(tmp_path, 5, index))
             assert 2 <= len(product.images) <= 8 and product.views[0] == "front"
             assert 1 <= len(product.captions) <= 5 and len(set(product.captions)) == len(product.captions)
             everything = set().union(*product.seen)
@@ -654,14 +654,14 @@ class TestCatalogue:
     @pytest.mark.parametrize("after", [0, 4, NUM_PRODUCTS])
     def test_interrupted_and_gone_on_with(self, made, tmp_path, monkeypatch, after):
         root, products = made
-        unfinished = tmp_path / "products.partial.jsonl"
+        unfinished = tmp_path / "records.partial.jsonl"
         for count in (after, 0):  # twice, the second time before anything is noted
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 interrupt_after(patch, count)
                 make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0)
             assert len(unfinished.read_text().splitlines()) == 1 + after
             with unfinished.open("a") as file:  # and as if it was killed while it wrote
-                file.write('{"index": 5, "item_id": "M0000')
+                file.write('{"index": 5, "record": {"item_id": "M0000')
         photo = next(tmp_path.rglob("*.jpg"))
         photo.with_suffix(".partial").write_bytes(photo.read_bytes()[:100])
         assert make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0) == products
@@ -671,27 +671,27 @@ class TestCatalogue:
     def test_killed_twice_in_the_middle_of_a_line(self, made, tmp_path, monkeypatch):
         """What was cut short does not run into the line that comes next."""
         root, products = made
-        unfinished = tmp_path / "products.partial.jsonl"
+        unfinished = tmp_path / "records.partial.jsonl"
         for noted in (2, 4):
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 interrupt_after(patch, 2)
                 make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0)
             assert len(unfinished.read_text().splitlines()) == 1 + noted
             with unfinished.open("a") as file:
-                file.write('{"index": 5, "item_id": "M0000')
+                file.write('{"index": 5, "record": {"item_id": "M0000')
         assert make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0) == products
         assert contents(tmp_path) == contents(root)
 
     def test_killed_at_the_first_or_the_last_moment(self, made, tmp_path):
         root, products = made
-        (tmp_path / "products.partial.jsonl").write_text('{"generator": "miv')
+        (tmp_path / "records.partial.jsonl").write_text('{"generator": "miv')
         assert make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0) == products
-        (tmp_path / "products.partial.jsonl").write_text("left over\n")
+        (tmp_path / "records.partial.jsonl").write_text("left over\n")
         assert make_catalogue(tmp_path, num_products=NUM_PRODUCTS, seed=0) == products
         assert contents(tmp_path) == contents(root)
 
     def test_a_finished_one_is_read(self, made, monkeypatch):
-        monkeypatch.setattr(catalogue, "_make_product", None)
+        monkeypatch.setattr(catalogue, "_make_product", lambda *_: pytest.fail("draws again"))
         before = contents(made[0])
         assert make_catalogue(made[0], num_products=NUM_PRODUCTS, seed=0) == made[1]
         assert contents(made[0]) == before
@@ -724,7 +724,7 @@ class TestBadInput:
         root = made[0]
         if not is_finished:
             root = tmp_path
-            (root / "products.partial.jsonl").write_text(
+            (root / "records.partial.jsonl").write_text(
                 json.dumps(json.loads((made[0] / "miniature.json").read_text())) + "\n"
             )
         ((name, value),) = arguments.items()
@@ -735,9 +735,9 @@ class TestBadInput:
     DAMAGE = (b"", b"{", b"\xff\xfe", b"[]", b"{}", b"[{}]", b"[null]", b"3", b'[{"item_id": "M"}]', b"[" * 100_000)
 
     @pytest.mark.parametrize("content", DAMAGE, ids=range(len(DAMAGE)))
-    @pytest.mark.parametrize("name", ["truth.json", "miniature.json", "products.partial.jsonl"])
+    @pytest.mark.parametrize("name", ["truth.json", "miniature.json", "records.partial.jsonl"])
     def test_damaged(self, made, tmp_path, name, content):
-        if name != "products.partial.jsonl":
+        if name != "records.partial.jsonl":
             for copied in ("truth.json", "miniature.json"):
                 (tmp_path / copied).write_bytes((made[0] / copied).read_bytes())
         (tmp_path / name).write_bytes(content + (b"\n" if name.endswith("l") else b""))
@@ -745,8 +745,8 @@ class TestBadInput:
 
     def test_damaged_record_of_an_interrupted_run(self, made, tmp_path):
         header = json.dumps(json.loads((made[0] / "miniature.json").read_text()))
-        (tmp_path / "products.partial.jsonl").write_text(f'{header}\n{{"index": 0}}\n')
-        assert "products.partial.jsonl" in fail(tmp_path)
+        (tmp_path / "records.partial.jsonl").write_text(f'{header}\n{{"index": 0}}\n')
+        assert "records.partial.jsonl" in fail(tmp_path)
 
     def test_no_truth(self, made, tmp_path):
         with pytest.raises(MivpgError, match=r"truth\.json"):

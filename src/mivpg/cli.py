@@ -387,6 +387,36 @@ def miniature_abo(*, out: Path, num_products: int = 1500, seed: int = 0) -> None
     print(f"{out}: {len(products)} generated products with {num_photos} photos.")
 
 
+@miniature_app.command(name="coco")
+def miniature_coco(*, out: Path, num_pictures: int = 1000, seed: int = 0) -> None:
+    """Draw scenes of two or three things in the files of MSCOCO with Karpathy's split.
+
+    Args:
+        out: A new or empty folder, or one in which this was interrupted.
+        num_pictures: Each has five captions; a tenth is for validation, and a tenth for testing.
+        seed: Another seed, other scenes.
+    """
+    from mivpg.miniature.coco import make_coco
+
+    print(f"{make_coco(out, num_pictures=num_pictures, seed=seed)}: {num_pictures} generated scenes.")
+
+
+@miniature_app.command(name="patch-gastric")
+def miniature_patch_gastric(*, out: Path, num_slides: int = 300, mean_patches: int = 30, seed: int = 0) -> None:
+    """Draw slides of stained tissue in the files of PatchGastricADC22.
+
+    Args:
+        out: A new or empty folder, or one in which this was interrupted.
+        num_slides: Each has a sentence or two of a report.
+        mean_patches: Of a slide, which has 5 to 300; most have fewer than the mean.
+        seed: Another seed, other slides.
+    """
+    from mivpg.miniature.patch_gastric import make_patch_gastric
+
+    make_patch_gastric(out, num_slides=num_slides, mean_patches=mean_patches, seed=seed)
+    print(f"{out}: {num_slides} generated slides.")
+
+
 @app.command(name="miniature-base")
 def miniature_base(*, out: Path, seed: int = 0) -> None:
     """Train the base model that comes with the package anew, on generated single pictures; about half an hour.

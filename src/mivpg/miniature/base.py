@@ -1,20 +1,22 @@
 """The recipe of the miniature base model: a BLIP-2 of two million parameters that comes with the package.
 
-1. A byte-level tokenizer and a small Llama learn the words and the manner of speech of `wording`, from text alone: to
-   write a sentence from keywords in any order. A keyword is one vector, the sum of its tokens' embeddings. A language
-   model of this size that has only read sentences cannot be told by visual prompts what no picture told it before.
-2. A small ViT learns which traits a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has
-   learned before BLIP-2 sees it.
+1. A byte-level tokenizer and a small Llama learn the words and the manner of speech of the three miniatures, from text
+   alone: to write a sentence from keywords in any order. A keyword is one vector, the sum of its tokens' embeddings. A
+   language model of this size that has only read sentences cannot be told by visual prompts what no picture told it
+   before.
+2. A small ViT learns what a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has learned
+   before BLIP-2 sees it.
 3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
-   language model goes on reading text. The Q-Former also tells traits from the mean of its queries, as BLIP-2's first
-   stage has it tell which text belongs to a picture. Half of the pictures stand beside keywords of what they do not
-   show, and the text speaks of both, so that what is read from a picture leaves room for more.
+   language model goes on reading text. The Q-Former also tells what a picture shows from the mean of its queries, as
+   BLIP-2's first stage has it tell which text belongs to a picture. Half of the products stand beside keywords of what
+   their picture does not show, and the text speaks of both, so that what is read from a picture leaves room for more.
 
-What tells the traits, in 2 and 3, is thrown away in the end.
+What tells the classes, in 2 and 3, is thrown away in the end.
 
-The model has never seen two pictures at once, nor a picture beside a text that says more than it and the keywords. The
-products it has seen are others than those of any catalogue. Everything is a function of the seed; the last bits depend
-on the machine.
+Three miniatures give the lessons: products from one side, scenes, and patches of slides. The model has never seen two
+pictures at once, nor a picture beside a text that says more than it and the keywords; of slides it has seen one patch
+at a time, and has read reports. What it has seen is in none of the data sets. Everything is a function of the seed; the
+last bits depend on the machine.
 """
 
 import dataclasses
@@ -27,13 +29,12 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,23 +50,24 @@ from transformers import (
 
 from mivpg.configuration_mivpg import IMAGE_TOKEN
 from mivpg.errors import MivpgError
-from mivpg.miniature.catalogue import PHOTO_SIZE
+from mivpg.miniature import biopsies, scenes
+from mivpg.miniature import product_lessons as products
+from mivpg.miniature.lessons import IMAGE_SIZE, PictureLesson, TextLesson
 from mivpg.miniature.processes import in_processes
-from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, Product, draw_product, photograph
-from mivpg.miniature.wording import HEAD, PARTS, keywords, picture_description, reference, said, says_noun
 
 logger = logging.getLogger(__name__)
 
 PROMPT = "a photo of"
 """BLIP-2's, before every text. Half of the time would leave a frozen model the choice of writing it."""
 
-IMAGE_SIZE, PATCH_SIZE = 96, 12
+PATCH_SIZE = 12
 NUM_QUERIES = 16
 VOCABULARY_SIZE = 1024
-"""At most; every word of `wording` is one token, and then there is nothing left to join."""
-SHARE_WITH_KEYWORDS = 0.9
-"""Of the texts; the others are written out of nothing."""
+"""At most; every word of the miniatures is one token, and then there is nothing left to join."""
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+NUM_HELD_OUT = 1500
+"""Pictures that the figures are of, but for those beside keywords."""
 
 LOG_FILE = "training_log.jsonl"
 RECIPE_FILE = "recipe.json"
@@ -80,12 +82,12 @@ class Recipe:
     """How much of everything; the defaults made the model that comes with the package."""
 
     seed: int = 0
-    num_texts: int = 60_000
-    text_steps: int = 1000
+    num_texts: int = 80_000
+    text_steps: int = 1400
     text_batch: int = 96
-    num_pictures: int = 24_000
-    vision_steps: int = 3000
-    language_steps: int = 2000
+    num_pictures: int = 36_000
+    vision_steps: int = 4500
+    language_steps: int = 3000
     picture_batch: int = 64
     save_every: int = 250
 
@@ -115,70 +117,38 @@ MUON_RATES: dict[Stage, float] = {"text": 1e-2, "vision": 1e-2, "language": 5e-3
 ADAMW_RATE = 2e-3
 """Peak for all else."""
 
-TRAIT_VALUES = tuple(
-    sorted(
-        {(trait, value) for family in FAMILIES.values() for trait, values in family.traits.items() for value in values}
-    )
-)
-"""What the heads tell apart, beside the families."""
-NUM_CLASSES = len(FAMILIES) + len(TRAIT_VALUES)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text that the recipe trains on."""
-
-    keywords: list[str]
-    """Of what it speaks, and of more."""
-    text: str
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that the recipe trains on."""
-
-    pixels: np.ndarray
-    """(h, w, 3) uint8."""
-    keywords: list[str]
-    """Of what it does not show and the text speaks of as well; more often than not there are none."""
-    text: str
-    product: Product
-    seen: frozenset[str]
+MINIATURES = {products: 0.6, scenes: 0.2, biopsies: 0.2}
+"""What lessons are drawn from, and how often."""
+CLASSES = tuple(name for miniature in MINIATURES for name in miniature.CLASSES)
+"""What the heads tell apart."""
 
 
 # ── Data ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_text(seed: int, index: int) -> Text:
-    """A text about a product that nobody has drawn: more often a reference than a description of one picture."""
+def make_text(seed: int, index: int) -> TextLesson:
+    """A text of one of the miniatures, after the prompt."""
     generator = random.Random(f"text {seed} {index}")
-    product = draw_product(generator)
-    hidden = {trait for trait in HIDDEN_TRAITS if generator.random() < 0.65}
-    seen = {"family"} | {trait for trait in product.traits if trait not in HIDDEN_TRAITS} | hidden
-    write = reference if generator.random() < 0.65 else picture_description
-    words = keywords(product, seen, generator) if generator.random() < SHARE_WITH_KEYWORDS else []
-    return Text(words, f"{PROMPT} {write(product, seen, generator)}")
+    lesson = _draw_miniature(generator).text_lesson(generator)
+    return replace(lesson, text=f"{PROMPT} {lesson.text}")
 
 
-def make_picture(stream: str, index: int, *, beside_keywords: bool = False) -> Picture:
-    """A product from one side, and what that picture shows; half of them with keywords, where asked for."""
+def make_picture(stream: str, index: int) -> PictureLesson:
+    """A picture of one of the miniatures, its text after the prompt."""
     generator = random.Random(f"{stream} {index}")
-    product = draw_product(generator)
-    view = generator.choice(("front", "front", *FAMILIES[product.family].views))
-    photo = photograph(product, view, generator, size=PHOTO_SIZE)
-    pixels = np.asarray(photo.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
-    told = set()
-    if beside_keywords and generator.random() < 0.5:
-        told = {trait for trait in sorted(product.traits.keys() - photo.seen) if generator.random() < 0.65}
-    words = keywords(product, told, generator)
-    text = f"{PROMPT} {picture_description(product, photo.seen | told, generator)}"
-    return Picture(pixels, words, text, product, photo.seen)
+    lesson = _draw_miniature(generator).picture_lesson(generator)
+    return replace(lesson, text=f"{PROMPT} {lesson.text}")
 
 
-def make_pictures(stream: str, number: int, *, beside_keywords: bool = False) -> list[Picture]:
+def _draw_miniature(generator: random.Random) -> Any:
+    """A module that gives lessons."""
+    (miniature,) = generator.choices(list(MINIATURES), list(MINIATURES.values()))
+    return miniature
+
+
+def make_pictures(stream: str, number: int) -> list[PictureLesson]:
     """Pictures in all processes, with a progress bar."""
-    make = functools.partial(make_picture, stream, beside_keywords=beside_keywords)
-    with closing(in_processes(make, range(number), chunksize=32)) as pictures:
+    with closing(in_processes(functools.partial(make_picture, stream), range(number), chunksize=32)) as pictures:
         return list(tqdm(pictures, total=number, desc="drawing pictures", disable=None))
 
 
@@ -197,14 +167,9 @@ def make_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def classes_of(picture: Picture) -> Tensor:
-    """What a picture shows, (NUM_CLASSES,) of 0 and 1."""
-    target = torch.zeros(NUM_CLASSES)
-    target[list(FAMILIES).index(picture.product.family)] = 1
-    for trait, value in picture.product.traits.items():
-        if trait in picture.seen:
-            target[len(FAMILIES) + TRAIT_VALUES.index((trait, value))] = 1
-    return target
+def classes_of(picture: PictureLesson) -> Tensor:
+    """What a picture shows, of `CLASSES`, as 0 and 1."""
+    return torch.tensor([float(name in picture.classes) for name in CLASSES])
 
 
 # ── The model ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -258,7 +223,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Blip2Processor:
     return Blip2Processor(image_processor, tokenizer, num_query_tokens=NUM_QUERIES)
 
 
-def pixel_values(processor: Blip2Processor, pictures: Sequence[Picture]) -> Tensor:
+def pixel_values(processor: Blip2Processor, pictures: Sequence[PictureLesson]) -> Tensor:
     """(n, 3, h, w), as the image processor normalizes."""
     pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures])).permute(0, 3, 1, 2) / 255
     mean, std = (
@@ -287,7 +252,7 @@ def keyword_embeds(model: Blip2ForConditionalGeneration, tokenizer: Any, words: 
 def text_loss(
     model: Blip2ForConditionalGeneration,
     tokenizer: Any,
-    texts: Sequence[Text] | Sequence[Picture],
+    texts: Sequence[TextLesson] | Sequence[PictureLesson],
     visual_prompts: Tensor | None = None,
 ) -> Tensor:
     """Of the language model on texts, each after its keywords and, of pictures, its visual prompts (n, R, H)."""
@@ -310,7 +275,7 @@ def picture_losses(
     head: nn.Module,
     tokenizer: Any,
     image_embeds: Tensor,
-    pictures: Sequence[Picture],
+    pictures: Sequence[PictureLesson],
 ) -> dict[str, Tensor]:
     """Of descriptions and of classes, from what the frozen ViT says of the pictures, (n, P, D)."""
     queries = model.query_tokens.expand(len(pictures), -1, -1)
@@ -319,14 +284,14 @@ def picture_losses(
     return {"picture": loss, "class": class_loss(head, queries, pictures)}
 
 
-def class_loss(head: nn.Module, tokens: Tensor, pictures: Sequence[Picture]) -> Tensor:
-    """Of the traits told from the mean of tokens (n, ·, D)."""
+def class_loss(head: nn.Module, tokens: Tensor, pictures: Sequence[PictureLesson]) -> Tensor:
+    """Of the classes told from the mean of tokens (n, ·, D)."""
     target = torch.stack([classes_of(picture) for picture in pictures])
-    return 5 * F.binary_cross_entropy_with_logits(head(tokens.mean(dim=1)), target)
+    return 0.07 * F.binary_cross_entropy_with_logits(head(tokens.mean(dim=1)), target, reduction="sum") / len(pictures)
 
 
 @torch.no_grad()
-def see(model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]) -> Tensor:
+def see(model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[PictureLesson]) -> Tensor:
     """What the ViT says of each picture, (n, P, D) in half precision."""
     batches = (pictures[start : start + 128] for start in range(0, len(pictures), 128))
     return torch.cat([model.vision_model(pixel_values(processor, b)).last_hidden_state.half() for b in batches])
@@ -363,8 +328,8 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     model.query_tokens.data.normal_(std=0.02)
     heads = nn.ModuleDict(
         {
-            "vision": nn.Linear(model.config.vision_config.hidden_size, NUM_CLASSES),
-            "language": nn.Linear(model.config.qformer_config.hidden_size, NUM_CLASSES),
+            "vision": nn.Linear(model.config.vision_config.hidden_size, len(CLASSES)),
+            "language": nn.Linear(model.config.qformer_config.hidden_size, len(CLASSES)),
         }
     )
     optimizers = make_optimizers(model, heads)
@@ -372,7 +337,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     first = 0
     if state_file.exists():
         first, log = _resume(state_file, recipe, model, heads, optimizers)
-    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures, beside_keywords=True)
+    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures)
 
     progress = tqdm(range(first, recipe.steps), total=recipe.steps, initial=first, desc="training", disable=None)
     recent: dict[str, list[float]] = {}
@@ -386,8 +351,10 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
         batch = [pictures[index] for index in chosen]
         losses: dict[str, Tensor] = {}
         if stage == "vision":
-            pixels = [p.flip(-1) if generator.random() < 0.5 else p for p in pixel_values(processor, batch)]
-            tokens = model.vision_model(torch.stack(pixels)).last_hidden_state
+            pixels = pixel_values(processor, batch)
+            mirrored = [picture.can_be_mirrored and generator.random() < 0.5 for picture in batch]
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+            tokens = model.vision_model(pixels).last_hidden_state
             losses["class"] = class_loss(heads["vision"], tokens, batch)
         elif stage == "language":
             assert image_embeds is not None
@@ -414,7 +381,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
             _save(state_file, step + 1, log, recipe, model, heads, optimizers)
             logger.info("step %d of %d: %s", step + 1, recipe.steps, log[-1] if log else {})
 
-    held_out = make_pictures("held out", 600)
+    held_out = [picture for picture in make_pictures("held out", NUM_HELD_OUT) if not picture.keywords]
     figures = judge(model, processor, held_out)
     for dropout in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # for those who fine-tune it; BLIP-2's
         setattr(model.config.qformer_config, dropout, 0.1)
@@ -438,7 +405,7 @@ def make_optimizers(model: nn.Module, heads: nn.Module) -> tuple[torch.optim.Opt
 
 @torch.no_grad()
 def describe(
-    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[PictureLesson]
 ) -> Iterator[str]:
     """What the model says of each picture, greedily."""
     marks = [model.config.image_token_index] * NUM_QUERIES
@@ -457,7 +424,7 @@ def describe(
 
 @torch.no_grad()
 def description_loss(
-    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[PictureLesson]
 ) -> float:
     """Of the pictures' descriptions, as transformers computes it from pixels."""
     tokenizer = processor.tokenizer
@@ -473,22 +440,33 @@ def description_loss(
 
 @torch.no_grad()
 def judge(
-    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[Picture]
+    model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[PictureLesson]
 ) -> dict[str, Any]:
-    """Figures on pictures that it was not trained on: the loss, and how much of what it says of each trait is right."""
+    """Figures on pictures that it was not trained on: the loss, and how much of what it says of each trait is right.
+
+    Args:
+        model: The base, or another one.
+        processor: Its own.
+        pictures: All without keywords.
+    """
     model.eval()
     losses = [description_loss(model, processor, pictures[i : i + 100]) for i in range(0, len(pictures), 100)]
-    right: dict[str, list[bool]] = {trait: [] for trait in ("family", *HEAD, *PARTS)}
+    right: dict[str, dict[str, list[bool]]] = {}
     for picture, caption in zip(pictures, describe(model, processor, pictures), strict=True):
-        for trait, value in picture.product.traits.items():
-            if (spoken := said(caption, trait, FAMILIES[picture.product.family].traits[trait])) is not None:
-                right[trait].append(spoken == value)
-        right["family"].append(says_noun(caption, picture.product.family))
+        for miniature in MINIATURES:
+            if picture.classes.isdisjoint(miniature.CLASSES):
+                continue
+            of_this = right.setdefault(miniature.__name__.rpartition(".")[2], {})
+            for trait, is_right in miniature.right_of_said(caption, picture.facts).items():
+                of_this.setdefault(trait, []).append(is_right)
     return {
         "num_pictures": len(pictures),
         "loss": float(np.mean(losses)),
-        "right_of_said": {trait: round(float(np.mean(values)), 4) for trait, values in right.items() if values},
-        "num_said": {trait: len(values) for trait, values in right.items()},
+        "right_of_said": {
+            name: {trait: round(float(np.mean(values)), 4) for trait, values in traits.items()}
+            for name, traits in right.items()
+        },
+        "num_said": {name: {trait: len(values) for trait, values in traits.items()} for name, traits in right.items()},
     }
 
 

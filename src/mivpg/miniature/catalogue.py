@@ -16,30 +16,25 @@ import hashlib
 import io
 import json
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mivpg.errors import MivpgError
 from mivpg.files import write_whole
-from mivpg.miniature.processes import in_processes
+from mivpg.miniature import folders
+from mivpg.miniature.folders import Record, fill_folder, write_photo
 from mivpg.miniature.products import Product, choose_views, draw_product, photograph
 from mivpg.miniature.wording import reference
 
-PHOTO_SIZE = 160
+PHOTO_SIZE = 128
 """Pixels a side."""
 MOST_PRODUCTS = 1_000_000
 """As many as six digits of an `item_id` number."""
 DOMAIN = "generated.example"
 """Stands where ABO names a marketplace, so that nobody takes these products for real ones."""
-MADE_BY = "miniature.json"
-TRUTH = "truth.json"
-PARTIAL = "products.partial.jsonl"
 
 NUM_REFERENCES = (1, 2, 3, 4, 5)
 HOW_OFTEN = (0.12, 0.26, 0.34, 0.18, 0.10)
@@ -89,30 +84,9 @@ def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> li
             f"num_products is {num_products} and seed {seed}, expected 1 to {MOST_PRODUCTS} and a seed of at least 0."
         )
     made_by = {"generator": "mivpg miniature abo", "num_products": num_products, "seed": seed}
-    if (root / MADE_BY).is_file():
-        with _intact(root / MADE_BY):
-            _check_same(root, json.loads((root / MADE_BY).read_text(encoding="utf-8")), made_by)
-        if len(products := read_truth(root)) != num_products:
-            raise MivpgError(f"{root / TRUTH} holds {len(products)} products, expected {num_products}.")
-        (root / PARTIAL).unlink(missing_ok=True)  # by a run that was ended between its last two steps
-        return products
-    root.mkdir(parents=True, exist_ok=True)
-    done = _resume(root, made_by)
-    todo = [index for index in range(num_products) if index not in done]
-    with (
-        (root / PARTIAL).open("a", encoding="utf-8") as file,
-        closing(in_processes(partial(_make_product, root, seed), todo, chunksize=4)) as results,
-    ):
-        progress = tqdm(results, total=num_products, initial=len(done), desc="products", disable=None)
-        for index, product in zip(todo, progress, strict=True):
-            done[index] = product
-            file.write(json.dumps({"index": index} | asdict(product)) + "\n")
-            file.flush()
-    products = [done[index] for index in range(num_products)]
-    _write_metadata(root, products)
-    write_whole(root / MADE_BY, json.dumps(made_by, indent=2) + "\n")
-    (root / PARTIAL).unlink()
-    return products
+    make, write = partial(_make_product, root, seed), partial(_write_metadata, root)
+    fill_folder(root, made_by, make, num_products, unit="products", write=write)
+    return read_truth(root)
 
 
 def read_truth(root: Path) -> list[CatalogueProduct]:
@@ -121,11 +95,10 @@ def read_truth(root: Path) -> list[CatalogueProduct]:
     Raises:
         MivpgError: The folder is no generated catalogue.
     """
-    with _intact(root / TRUTH):
-        return [_product(record) for record in json.loads((root / TRUTH).read_text(encoding="utf-8"))]
+    return folders.read_truth(root, _product)
 
 
-def _make_product(root: Path, seed: int, index: int) -> CatalogueProduct:
+def _make_product(root: Path, seed: int, index: int) -> Record:
     """Draws a product and writes its photos; random numbers depend on (seed, index) alone."""
     generator = random.Random(f"catalogue {seed} {index}")
     product = draw_product(generator)
@@ -135,14 +108,10 @@ def _make_product(root: Path, seed: int, index: int) -> CatalogueProduct:
         photo = photograph(product, view, generator, size=PHOTO_SIZE)
         seen.append(tuple(sorted(photo.seen)))
         images.append(hashlib.sha256(f"{seed} {index} {number}".encode()).hexdigest()[:12])
-        path = root / "images" / "small" / _path_of(images[-1])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".partial")
-        photo.image.save(unfinished, format="JPEG", quality=90)
-        unfinished.replace(path)
+        write_photo(root / "images" / "small" / _path_of(images[-1]), photo.image)
     everything = set().union(*seen)
     (count,) = generator.choices(NUM_REFERENCES, HOW_OFTEN)
-    return CatalogueProduct(
+    product_of_catalogue = CatalogueProduct(
         item_id=f"M{seed:03d}{index:06d}",
         family=product.family,
         traits=product.traits,
@@ -151,43 +120,14 @@ def _make_product(root: Path, seed: int, index: int) -> CatalogueProduct:
         captions=tuple(dict.fromkeys(reference(product, everything, generator) for _ in range(count))),
         images=tuple(images),
     )
+    return asdict(product_of_catalogue)
 
 
 def _path_of(image_id: str) -> str:
     return f"{image_id[:2]}/{image_id}.jpg"
 
 
-def _resume(root: Path, made_by: dict[str, Any]) -> dict[int, CatalogueProduct]:
-    """Products that an interrupted run has finished, by index; begins the file that notes them."""
-    file = root / PARTIAL
-    if not file.exists() and (found := next(root.iterdir(), None)):
-        raise MivpgError(f"{root} is not empty ({found.name}), expected a new folder for the catalogue.")
-    with _intact(file), file.open("ab+") as lines:
-        lines.seek(0)
-        content = lines.read()
-        whole = content[: content.rfind(b"\n") + 1]  # what follows the last end of line was cut short
-        lines.truncate(len(whole))
-        if not whole:
-            lines.write(json.dumps(made_by).encode() + b"\n")
-            return {}
-        header, *records = map(json.loads, whole.splitlines())
-        _check_same(root, header, made_by)
-        return {record["index"]: _product(record) for record in records}
-
-
-@contextmanager
-def _intact(path: Path) -> Iterator[None]:
-    """What reading a damaged file raises becomes one line."""
-    try:
-        yield
-    except MivpgError:  # already one of ours, which are ValueErrors, too
-        raise
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())
-        raise MivpgError(f"{path} is damaged, or not what `mivpg miniature abo` writes: {reason}.") from None
-
-
-def _product(record: dict[str, Any]) -> CatalogueProduct:
+def _product(record: Record) -> CatalogueProduct:
     return CatalogueProduct(
         item_id=record["item_id"],
         family=record["family"],
@@ -199,17 +139,9 @@ def _product(record: dict[str, Any]) -> CatalogueProduct:
     )
 
 
-def _check_same(root: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name, value in asked.items():
-        if found.get(name) != value:
-            raise MivpgError(
-                f"{root} holds a catalogue of {name} = {found.get(name)}, and {value} is asked for; "
-                "name another folder."
-            )
-
-
-def _write_metadata(root: Path, products: list[CatalogueProduct]) -> None:
-    """Listings, image paths, references and truth, each whole or not at all."""
+def _write_metadata(root: Path, records: list[Record]) -> None:
+    """Listings, image paths and references, each whole or not at all."""
+    products = [_product(record) for record in records]
     listings = "".join(json.dumps(_listing(product)) + "\n" for product in products)
     (root / "listings" / "metadata").mkdir(parents=True, exist_ok=True)
     _write_gz(root / "listings" / "metadata" / "listings_0.json.gz", listings)
@@ -217,7 +149,6 @@ def _write_metadata(root: Path, products: list[CatalogueProduct]) -> None:
     _write_gz(root / "images" / "metadata" / "images.csv.gz", _image_table(products))
     captions = {product.item_id: product.captions for product in products}
     write_whole(root / "captions.json", json.dumps(captions, indent=1) + "\n")
-    write_whole(root / TRUTH, json.dumps([asdict(product) for product in products]) + "\n")
 
 
 def _listing(product: CatalogueProduct) -> dict[str, Any]:

@@ -19,7 +19,7 @@ Color = tuple[float, float, float]
 """Red, green and blue, 0 to 255."""
 Vector = tuple[float, float, float]
 
-Pattern = Literal["plain", "striped", "dotted", "checked", "banded", "ringed"]
+Pattern = Literal["plain", "striped", "dotted", "checked", "banded"]
 Material = Literal["fabric", "leather", "wooden", "metal", "plastic"]
 
 FIELD_OF_VIEW = math.radians(28)
@@ -98,11 +98,12 @@ class Shape:
 
 
 def _slab(origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where rays enter and leave the box from -1 to 1, and the axis through whose face they enter."""
-    inverse = 1.0 / np.where(np.abs(rays) < 1e-9, np.float32(1e-9), rays)
-    first, second = (-1.0 - origin)[:, None] * inverse, (1.0 - origin)[:, None] * inverse
-    near, far = np.minimum(first, second), np.maximum(first, second)
-    return near.max(axis=0), far.min(axis=0), near.argmax(axis=0)
+    """Which rays (m,) enter the box from -1 to 1, and where along them they enter (m,) and leave it (m,)."""
+    inverse = 1.0 / np.where(rays == 0, np.float32(1e-9), rays)
+    middle, reach = -origin[:, None] * inverse, np.abs(inverse)
+    enter, leave = (middle - reach).max(axis=0), (middle + reach).min(axis=0)
+    met = np.flatnonzero((enter < leave) & (enter > 0))
+    return met, enter[met], leave[met]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,14 +115,13 @@ class Block(Shape):
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """By the box, then by Newton's steps: the sum is convex along a ray, so they never pass the first root."""
-        enter, leave, axis = _slab(origin, rays)
-        lengths = np.where((enter < leave) & (enter > 0), enter, np.float32(np.inf))
-        outward = np.zeros_like(rays)
-        met = np.flatnonzero(np.isfinite(lengths))
+        met, enter, leave = _slab(origin, rays)
+        lengths, outward = np.full(rays.shape[1], np.inf, np.float32), np.zeros_like(rays)
+        t, directions, beyond = enter, rays[:, met], leave + np.float32(1e-3)
         if self.roundness is None:
-            outward[axis[met], met] = -np.sign(rays[axis[met], met])
+            axis = np.abs(origin[:, None] + t * directions).argmax(axis=0)  # of the face that they enter through
+            lengths[met], outward[axis, met] = t, -np.sign(rays[axis, met])
             return lengths, outward
-        t, directions, beyond = lengths[met], rays[:, met], leave[met] + np.float32(1e-3)
         for _ in range(6):
             points = origin[:, None] + t * directions
             value, slopes = self._sum_and_slopes(points)
@@ -129,7 +129,7 @@ class Block(Shape):
         points = origin[:, None] + t * directions
         value, slopes = self._sum_and_slopes(points)
         # A ray that misses has been sent beyond the box, or stands where the sum is least.
-        lengths[met] = np.where((np.abs(value) < 0.02) & (t <= leave[met]), t, np.inf)
+        lengths[met] = np.where((np.abs(value) < 0.02) & (t <= leave), t, np.inf)
         outward[:, met] = slopes
         return lengths, outward
 
@@ -172,15 +172,18 @@ class Frustum(Shape):
         b = x * dx + y * dy - radius * widening
         c = x * x + y * y - radius * radius
         a = np.where(np.abs(a) < 1e-9, 1e-9, a)
-        root = np.sqrt(np.maximum(b * b - a * c, 0.0))
         lengths = np.full(rays.shape[1], np.inf, np.float32)
         outward = np.zeros_like(rays)
+        met = np.flatnonzero(b * b >= a * c)
+        a, b = a[met], b[met]
+        root = np.sqrt(b * b - a * c)
         for t in ((-b - root) / a, (-b + root) / a):
-            height = z + t * dz
-            good = (b * b >= a * c) & (t > 0) & (np.abs(height) <= 1) & (middle + slope * height >= 0) & (t < lengths)
-            lengths[good] = t[good]
-            points = origin[:, None] + t[good] * rays[:, good]
-            outward[:, good] = np.stack([points[0], points[1], -slope * (middle + slope * points[2])])
+            height = z + t * dz[met]
+            good = (t > 0) & (np.abs(height) <= 1) & (middle + slope * height >= 0) & (t < lengths[met])
+            some = met[good]
+            lengths[some] = t[good]
+            points = origin[:, None] + t[good] * rays[:, some]
+            outward[:, some] = np.stack([points[0], points[1], -slope * (middle + slope * points[2])])
         if not self.is_open:
             for end, size in ((1.0, self.top), (-1.0, self.bottom)):
                 t = (end - z) / np.where(np.abs(dz) < 1e-9, 1e-9, dz)
@@ -206,8 +209,6 @@ def _figures(pattern: Pattern, u: np.ndarray, v: np.ndarray, size: float) -> np.
         return np.mod(u / size, 1.0) < 0.5
     if pattern == "banded":
         return np.mod(v / size, 1.0) < 0.5
-    if pattern == "ringed":
-        return np.mod(np.hypot(u, v) / size, 1.0) < 0.5
     if pattern == "checked":
         return (np.floor(u / size) + np.floor(v / size)) % 2 == 0
     if pattern == "dotted":
@@ -246,7 +247,7 @@ def _texture(shape: Shape, places: np.ndarray) -> np.ndarray:
         return 1 + 0.14 * np.sin(60 * x) * np.sin(60 * (z + y))
     if shape.material == "leather":  # seams across, a hand apart
         seams = [np.abs(np.mod(place + 0.14, 0.28) - 0.14) < 0.014 for place in (y, z)]
-        return 1 - 0.45 * (seams[0] | seams[1])
+        return 1 + (1.5 if sum(shape.color) < 200 else -0.45) * (seams[0] | seams[1])  # lighter ones in black leather
     if shape.material == "metal":
         return 1 + 0.3 * np.sin(13 * z + 5 * x)
     return np.ones_like(x)
@@ -264,19 +265,17 @@ def draw(
         background: How light the wall behind is, 0 to 255.
     """
     corners = np.concatenate([shape.corners() for shape in shapes])
-    low, high = corners.min(axis=0), corners.max(axis=0)
+    low, high = corners.min(axis=0).astype(np.float32), corners.max(axis=0).astype(np.float32)
     eye, axes = _stand(corners, camera)
-    right, up, ahead = axes
     side = size * OVERSAMPLING
-    steps = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * math.tan(FIELD_OF_VIEW / 2)
-    rays = (  # (3, side, side), one unit deep
-        steps[None, None, :] * right[:, None, None] - steps[None, :, None] * up[:, None, None] + ahead[:, None, None]
-    ).astype(np.float32)
+    rays = _rays(axes, side)
+    right, up, ahead = axes
     light = math.copysign(0.45, camera.elevation) * up - 0.35 * right - 0.82 * ahead
     light = (light / np.linalg.norm(light)).astype(np.float32)
     from_below = camera.elevation < 0  # through the floor, which then is not there
 
-    canvas = _ground(rays, eye, low, high, background, from_below=from_below)  # (3, side, side)
+    ground = _ground(_rays(axes, size), eye, low, high, background, from_below=from_below)
+    canvas = ground.repeat(OVERSAMPLING, axis=1).repeat(OVERSAMPLING, axis=2)  # (3, side, side)
     depth = np.full((side, side), np.inf, np.float32)
     parts = np.zeros((side, side), np.uint8)
     numbers: dict[str, int] = {}
@@ -303,10 +302,18 @@ def draw(
             color, _unit(to_local.T @ outward), directions, light, SHINE[shape.material], heights
         )
 
-    pixels = canvas.reshape(3, size, OVERSAMPLING, size, OVERSAMPLING).mean(axis=(2, 4))
+    each = range(OVERSAMPLING)
+    pixels = sum(canvas[:, i::OVERSAMPLING, j::OVERSAMPLING] for i in each for j in each) / OVERSAMPLING**2
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
     counts = np.bincount(parts.ravel(), minlength=len(numbers) + 1) / parts.size
     return picture, {part: float(counts[place]) for part, place in numbers.items()}
+
+
+def _rays(axes: np.ndarray, side: int) -> np.ndarray:
+    """One through the middle of each of `side` x `side` fields, one unit deep, (3, side, side)."""
+    right, up, ahead = axes.astype(np.float32)[:, :, None, None]
+    steps = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * np.float32(math.tan(FIELD_OF_VIEW / 2))
+    return steps[None, None, :] * right - steps[None, :, None] * up + ahead
 
 
 def _stand(corners: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
@@ -324,7 +331,9 @@ def _stand(corners: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]
     middle = (corners.min(axis=0) + corners.max(axis=0)) / 2
     around = (corners - middle) @ np.stack([right, up, back], axis=1)
     reach = np.abs(around[:, :2]).max(axis=1) / math.tan(FIELD_OF_VIEW / 2) + around[:, 2]
-    return middle + MARGIN * reach.max() * back, np.stack([right, up, -back])
+    # In single precision, or all that is computed with them takes twice as long.
+    eye, axes = middle + MARGIN * reach.max() * back, np.stack([right, up, -back])
+    return eye.astype(np.float32), axes.astype(np.float32)
 
 
 def _window(corners: np.ndarray, eye: np.ndarray, axes: np.ndarray, side: int) -> tuple[slice, slice]:

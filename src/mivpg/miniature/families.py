@@ -25,10 +25,10 @@ COLORS: dict[str, Color] = {
     "orange": (232, 122, 36),
     "beige": (216, 196, 160),
 }
-HIDDEN_COLORS = ("red", "blue", "green", "yellow", "purple", "orange")
+HIDDEN_COLORS = ("red", "blue", "green", "yellow", "orange")
 """Of what is beneath or inside."""
 FRONT_PATTERNS: tuple[Pattern, ...] = ("plain", "striped", "dotted")
-BACK_PATTERNS: tuple[Pattern, ...] = ("plain", "checked", "banded", "ringed")
+BACK_PATTERNS: tuple[Pattern, ...] = ("plain", "checked", "banded")
 """Of what is behind or at the ends: other words than in front, so that none can be said of the wrong side."""
 
 
@@ -589,7 +589,7 @@ def build_cabinet(product: Product, is_open: bool) -> list[Shape]:
     shapes.append(Block(center=(0, -depth, middle), half=(width, 0.02, tall), **gap))
     doors = [(0.0, 0.92, 0.72)]  # middle, half width and knob of each, as shares of the cabinet's
     if product.traits["extra"] == "two doors":
-        doors = [(-0.49, 0.42, -0.2), (0.49, 0.42, 0.2)]
+        doors = [(-0.52, 0.4, -0.22), (0.52, 0.4, 0.22)]
     for x, half, knob in doors:
         shapes += [
             Block(

@@ -82,8 +82,8 @@ def _camera(product: Product, view: str, generator: random.Random) -> Camera:
 def choose_views(product: Product, generator: random.Random) -> list[str]:
     """From where a shop photographs it: the overview, then 1 to 7 others, in no order."""
     others = FAMILIES[product.family].views
-    views = [view for view in others if generator.random() < 0.72]
-    while not views or (len(views) < MOST_OTHER_VIEWS and generator.random() < 0.35):
+    views = [view for view in others if generator.random() < 0.85]
+    while not views or (len(views) < MOST_OTHER_VIEWS and generator.random() < 0.3):
         views.append(generator.choice(("front", *others)))
     generator.shuffle(views)
     return ["front", *views]
