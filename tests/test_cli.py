@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -370,9 +371,18 @@ def test_extract_fills_a_store_that_train_takes(world, trained, tmp_path, caplog
     done("extract", config, "--model", model, "--out", tmp_path / "features", "--tokens", "cls")
     assert (tmp_path / "features" / "best_28px_cls_float16" / "bags.jsonl").exists()
 
-    fields = {"dataset": {"bag_file": {"path": str(bags)}}, "output_dir": str(tmp_path / "from store")}
+    fields = {"dataset": {"bag_file": {"path": str(bags)}}, "output_dir": str(tmp_path / "from bags")}
     done("train", world.config(tmp_path, **fields), "--learning-rate", 0.01)
-    assert (tmp_path / "from store" / "best").is_dir()
+    assert (tmp_path / "from bags" / "best").is_dir()
+    # The data set itself, its captions and splits, with the store in place of its images.
+    config, store = world.config(tmp_path), ("--dataset.features", bags.parent)
+    done("train", config, *store, "--learning-rate", 0.01, "--output-dir", tmp_path / "from store")
+    logs = [lines_of(tmp_path / name / "log.jsonl") for name in ("from bags", "from store")]
+    assert [line["loss"] for line in logs[0] if "loss" in line] == [line["loss"] for line in logs[1] if "loss" in line]
+    done("extract", config, *store, "--model", model, "--out", tmp_path / "features")  # the store itself is not read
+    next(bags.parent.glob("*.safetensors")).unlink()
+    line = refusal(tmp_path, "train", config, *store, "--output-dir", tmp_path / "incomplete")
+    assert re.match(r".*_float16 holds no features of bag 'product \d'; `mivpg extract` makes what is missing", line)
 
 
 class Terminal(io.StringIO):

@@ -34,8 +34,8 @@ from mivpg import (
     extract_features,
 )
 from mivpg.bags import one_pair_a_reference
-from mivpg.feature_files import read_features
-from mivpg.features import _open_batches, _share_of, file_name
+from mivpg.feature_files import name_in_store, read_features
+from mivpg.features import _open_batches, _share_of
 from tiny import randomize_added_weights
 
 NUM_IMAGES = (2, 1, 5, 3)
@@ -107,7 +107,7 @@ class TestExtracting:
         sizes = batches_seen(model)
         extracted = extract_features(model, processor, samples, tmp_path / "store", batch_size=batch_size)
         assert sizes == {1: [1] * 11, 4: [4, 4, 3], 64: [11]}[batch_size]
-        assert extracted == [replace(s, images=(), features=tmp_path / "store" / file_name(s.id)) for s in samples]
+        assert extracted == [replace(s, images=(), features=tmp_path / "store" / name_in_store(s.id)) for s in samples]
         assert [len(read_features(sample.features)[0]) for sample in extracted] == [*NUM_IMAGES]
         expected = from_pixels(model, processor, samples, batch_size)
         assert torch.equal(stored(extracted), expected)
@@ -236,7 +236,7 @@ class TestGoingOn:
         extract_features(model, processor, samples, tmp_path / "one go", batch_size=4)
         extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
         for index in {0, 1, 2, 3} - set(there):
-            (tmp_path / "store" / file_name(samples[index].id)).unlink()
+            (tmp_path / "store" / name_in_store(samples[index].id)).unlink()
         extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
         assert contents(tmp_path / "store") == contents(tmp_path / "one go")
 
@@ -284,7 +284,7 @@ class TestGoingOn:
         with pytest.raises(KeyboardInterrupt):
             extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
         hook.remove()
-        names = [file_name(sample.id) for sample in samples]
+        names = [name_in_store(sample.id) for sample in samples]
         assert sorted(contents(tmp_path / "store")) == sorted(["features.json", *names[:3]])  # eight images, whole
         extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
         assert sizes[3:] == [3]
@@ -298,7 +298,7 @@ class TestGoingOn:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(os, "fsync", full_disk)
             extract_features(model, processor, samples, tmp_path / "store")
-        assert not (tmp_path / "store" / file_name("bag 1")).exists()
+        assert not (tmp_path / "store" / name_in_store("bag 1")).exists()
         extracted = extract_features(model, processor, samples, tmp_path / "store")
         assert sorted(contents(tmp_path / "store")) == sorted(["features.json", *(s.features.name for s in extracted)])
 
@@ -306,7 +306,7 @@ class TestGoingOn:
         samples[3].images[1].write_bytes(b"no picture")
         with pytest.raises(BagError, match=r"bag 'bag 3': .*3-1\.png is not a picture"):
             extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
-        names = {file_name(f"bag {i}") for i in range(3)}
+        names = {name_in_store(f"bag {i}") for i in range(3)}
         assert contents(tmp_path / "store").keys() - {"features.json"} <= names
         Image.new("RGB", (9, 9)).save(samples[3].images[1])
         extract_features(model, processor, samples, tmp_path / "store", batch_size=4)
@@ -328,7 +328,7 @@ class TestNames:
                 assert json.loads(file.metadata()["made_of"])["id"] == sample.id
 
     def test_names_are_readable_and_stay(self):
-        assert file_name("TCGA-02/slide 1.svs") == (
+        assert name_in_store("TCGA-02/slide 1.svs") == (
             f"TCGA-02-slide-1-svs-{hashlib.sha256(b'TCGA-02/slide 1.svs').hexdigest()[:16]}.safetensors"
         )
 
@@ -463,7 +463,7 @@ class TestMixing:
     def test_a_damaged_file_is_noticed(self, tmp_path, model, processor, samples, length):
         (extracted,) = extract_features(model, processor, samples[:1], tmp_path / "store")
         extracted.features.write_bytes(extracted.features.read_bytes()[:length])
-        with pytest.raises(MivpgError, match=f"{file_name('bag 0')} is damaged .*; delete the file") as error:
+        with pytest.raises(MivpgError, match=f"{name_in_store('bag 0')} is damaged .*; delete the file") as error:
             extract_features(model, processor, samples, tmp_path / "store")
         assert "\n" not in str(error.value)
 

@@ -225,6 +225,7 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
             batch_size: Images that the vision model sees at once.
             dtype: Of the vision model; auto is as it is stored.
         """
+        dataset.features = None  # the file may name the store that is made here
         run_extraction(model, dataset.load(), out, tiling or TileOptions(), tokens, store_dtype, batch_size, dtype)
 
     parse("mivpg extract CONFIG.yaml", start, arguments, only=("dataset",))
@@ -372,7 +373,7 @@ app.command(miniature_app)
 
 
 @miniature_app.command(name="abo")
-def miniature_abo(*, out: Path, num_products: int = 1500, seed: int = 0) -> None:
+def miniature_abo(*, out: Path, num_products: int = 2000, seed: int = 0) -> None:
     """Draw a catalogue of furniture and small goods in the files of Amazon Berkeley Objects.
 
     Args:
@@ -432,7 +433,7 @@ def miniature_base(*, out: Path, seed: int = 0) -> None:
 
 
 @app.command
-def demo(*, out: Path, seed: int = 0, num_products: int = 1500, num_train_epochs: int = 4) -> None:
+def demo(*, out: Path, seed: int = 0, num_products: int = 2000, num_train_epochs: int = 4) -> None:
     """See the whole idea work: a generated catalogue, five ways to caption it, a report; in minutes, without a GPU.
 
     Args:

@@ -99,11 +99,11 @@ class DemoConfig:
 
     seed: int = 0
     """Draws products, split and training order."""
-    num_products: int = 1500
+    num_products: int = 2000
     """Split 70/10/20 by the reader of Amazon Berkeley Objects."""
     num_train_epochs: int = 4
     """Passes over all pairs of a training product and one of its references."""
-    batch_size: int = 16
+    batch_size: int = 32
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:

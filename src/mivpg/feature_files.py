@@ -10,7 +10,9 @@ Other tools may put an axis of one before the others. Features without a patch a
 
 # N images of a bag, P patch tokens an image, D vision width
 
+import hashlib
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,13 @@ class _Stored:
     read: Callable[[], Tensor]
     coords_shape: tuple[int, ...] | None
     read_coords: Callable[[], Tensor] | None
+
+
+def name_in_store(bag_id: str) -> str:
+    """Where a store keeps a bag: its id as far as a file's name can hold it, and a digest that tells all ids apart."""
+    readable = re.sub(r"[^A-Za-z0-9_]+", "-", bag_id).strip("-")[:60]
+    digest = hashlib.sha256(bag_id.encode(errors="surrogatepass")).hexdigest()[:16]  # an id may hold half a pair
+    return f"{readable}-{digest}.safetensors".lstrip("-")
 
 
 def features_shape(path: Path) -> tuple[int, int, int]:

@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +39,7 @@ from mivpg.bags import Sample, check_record, naming
 from mivpg.captioning import NUM_READERS, check_batch_size, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
-from mivpg.feature_files import features_shape
+from mivpg.feature_files import features_shape, name_in_store
 from mivpg.files import write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
@@ -124,7 +123,7 @@ def extract_features(
     num_there = 0
     mine = _share_of(bags, process.process_index, process.num_processes)
     for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
-        if (file := folder / file_name(bag.id)).exists():
+        if (file := folder / name_in_store(bag.id)).exists():
             _check_is_made_of(file, bag)
             num_there += features_shape(file)[0]
         else:
@@ -165,14 +164,7 @@ def extract_features(
     finally:
         model.train(was_training)
     process.wait_for_everyone()
-    return [replace(sample, images=(), slides=(), features=folder / file_name(sample.id)) for sample in samples]
-
-
-def file_name(bag_id: str) -> str:
-    """Where a store keeps a bag: its id as far as a file's name can hold it, and a digest that tells all ids apart."""
-    readable = re.sub(r"[^A-Za-z0-9_]+", "-", bag_id).strip("-")[:60]
-    digest = hashlib.sha256(bag_id.encode(errors="surrogatepass")).hexdigest()[:16]  # an id may hold half a pair
-    return f"{readable}-{digest}.safetensors".lstrip("-")
+    return [replace(sample, images=(), slides=(), features=folder / name_in_store(sample.id)) for sample in samples]
 
 
 def store_name(
@@ -318,14 +310,14 @@ def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: li
         tensors["coords"] = _coords_of_tiles(bag.slides, tiles)
         made_of |= {"images": [], "slides": [_origin(slide) for slide in bag.slides]}
         for number, slide in enumerate(bag.slides):
-            name = Path("tiles", f"{Path(file_name(bag.id)).stem}-{number}.jpg")
+            name = Path("tiles", f"{Path(name_in_store(bag.id)).stem}-{number}.jpg")
             outlined = io.BytesIO()
             draw_tiles(slide, [tile for tile in tiles if tile.slide == slide]).save(outlined, "JPEG", quality=85)
             write_whole(folder / name, outlined.getvalue())
     elif (coords := _coords(bag)) is not None:
         tensors["coords"] = coords
     # One entry, since safetensors writes several in no order.
-    write_whole(folder / file_name(bag.id), save(tensors, {MADE_OF: json.dumps(made_of)}))
+    write_whole(folder / name_in_store(bag.id), save(tensors, {MADE_OF: json.dumps(made_of)}))
 
 
 def _coords_of_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> Tensor:

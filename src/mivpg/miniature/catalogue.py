@@ -65,7 +65,7 @@ class CatalogueProduct:
         return set().union(*self.seen[1:]) - set(self.seen[0])
 
 
-def make_catalogue(root: Path, *, num_products: int = 1500, seed: int = 0) -> list[CatalogueProduct]:
+def make_catalogue(root: Path, *, num_products: int = 2000, seed: int = 0) -> list[CatalogueProduct]:
     """Draws a catalogue, or reads it where it is there already.
 
     Args:
