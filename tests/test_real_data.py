@@ -19,6 +19,8 @@ from mivpg.training import ModelConfig
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ABO, STORIES = DATA / "abo", DATA / "stories260k"
 needs_abo = pytest.mark.skipif(not ABO.is_dir(), reason=f"the sample of Amazon Berkeley Objects is not at {ABO}")
+TCGA = DATA / "slide_features" / "TCGA-AD-6964-01Z-00-DX1.h5"
+needs_slide_features = pytest.mark.skipif(not TCGA.is_file(), reason=f"the features of a TCGA slide are not at {TCGA}")
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"the language model stories260k is not at {STORIES}")
 
 QFORMER: dict[str, int | float | str] = {
@@ -137,15 +139,47 @@ def test_features_alone_over_a_real_language_model(tmp_path, record_property):
     )
 
 
+@needs_slide_features
+@needs_stories
+def test_a_slide_that_another_tool_has_extracted(tmp_path, record_property):
+    """777 tiles in one .h5 file, 512 wide, their positions in it: a bag as it is."""
+    record = {"id": "TCGA-AD-6964", "features": str(TCGA), "captions": ["the tiles of one slide"]}
+    (tmp_path / "bags.jsonl").write_text(json.dumps(record) + "\n")
+    dataset = DatasetConfig(bag_file=BagFileConfig(path=tmp_path / "bags.jsonl"))
+    slide = {"instance_correlation": "csa", "position_encoding": "ppeg", "image_embeds_size": 512}
+    config = stories_config(tmp_path, dataset, **slide | {"patch_pooling": "cls"})
+    best = train(config)
+    (sample,) = dataset.load()
+    bag = BagDataset([sample])[0]
+    assert bag.image_embeds.shape == (777, 1, 512) and bag.image_coords.shape == (777, 2)
+    record_property(
+        "stories260k, one slide of 777 tiles: last loss / first",
+        losses(tmp_path / "run")[-1] / losses(tmp_path / "run")[0],
+    )
+    assert losses(tmp_path / "run")[-1] < 0.8 * losses(tmp_path / "run")[0]
+    model, processor = MivpgForConditionalGeneration.from_pretrained(best), MivpgProcessor.from_pretrained(best)
+    assert captions(model, processor, [sample])[sample.id]
+    # PPEG reads where the tiles lie, and the rest does not care for their order.
+    batch = BagCollator(processor, training=False)([bag])
+    order = torch.randperm(777, generator=torch.Generator().manual_seed(0))
+    shuffled = batch | {name: batch[name][:, order] for name in ("image_embeds", "image_coords")}
+    elsewhere = batch | {"image_coords": batch["image_coords"][:, order]}
+    with torch.no_grad():
+        prompts, same, other = (
+            model.get_visual_prompts(b["image_embeds"], image_coords=b["image_coords"]).embeds
+            for b in (batch, shuffled, elsewhere)
+        )
+    assert (prompts - same).abs().max() < 1e-4 < (prompts - other).abs().max()
+
+
 def stories_config(tmp_path: Path, dataset: DatasetConfig, **model) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             language=str(STORIES),
             num_query_tokens=16,
             qformer=QFORMER,
-            patch_pooling="abmil",
             caption_end_token_id=END_OF_STORY,
-            **model,
+            **{"patch_pooling": "abmil"} | model,
         ),
         dataset=dataset,
         output_dir=tmp_path / "run",

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -482,6 +483,28 @@ def test_bags_that_the_model_cannot_read(world, tmp_path):
     with pytest.raises(MivpgError, match=r"none of its 1 bags is in the train split"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "has_coords", "warns"), [("ppeg", False, True), ("ppeg", True, False), ("none", False, False)]
+)
+def test_positions_that_ppeg_does_not_find_are_told(world, tmp_path, scores, capsys, encoding, has_coords, warns):
+    records = [json.loads(line) for line in (world / "bags.jsonl").read_text().splitlines()]
+    for record in records:
+        images = np.load(world / record["features"])
+        features = {"features": images[:, 0]} | (
+            {"coords": np.mgrid[: len(images), :1].reshape(2, -1).T} if has_coords else {}
+        )
+        with h5py.File(tmp_path / f"{record['id']}.h5", "w") as file:
+            for name, values in features.items():
+                file[name] = values
+        record["features"] = f"{record['id']}.h5"
+    (tmp_path / "bags.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
+    config.dataset.bag_file.path = tmp_path / "bags.jsonl"
+    config.model.position_encoding, config.model.patch_pooling = encoding, "cls"
+    train(config)
+    assert ("has no coordinates, so ppeg lays the instances out on a square" in capsys.readouterr().out) == warns
 
 
 def test_a_model_is_named_by_base_or_by_language(world):

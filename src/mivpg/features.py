@@ -141,7 +141,9 @@ def extract_features(
             tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
         ):
             seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
+            start = time.monotonic()
             for batch in opened:
+                opening = time.monotonic() - start
                 start = time.monotonic()
                 pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
                 image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
@@ -150,7 +152,8 @@ def extract_features(
                 rows = image_embeds.to("cpu", dtype)
                 if not announced:
                     announced = True
-                    seconds = (time.monotonic() - start) * num_missing / len(batch)
+                    # From now on the next batch is opened while the model sees one.
+                    seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
                     num_bags = (len(missing), len(mine) - len(missing))
                     _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
                 for image, row in zip(batch, rows, strict=True):

@@ -56,7 +56,7 @@ from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, Positio
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
-from mivpg.feature_files import features_shape
+from mivpg.feature_files import features_shape, has_coords
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 
@@ -316,7 +316,10 @@ def _find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
 
 
 def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
-    """Raises where the data set holds what the model cannot read; `check_bags` has seen that all bags are alike."""
+    """Raises where the data set holds what the model cannot read; `check_bags` has seen that all bags are alike.
+
+    Says so where a position encoding finds no positions.
+    """
     if sample.features is not None:
         width = features_shape(sample.features)[2]
         if width != model.config.image_embeds_size:
@@ -325,6 +328,15 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
             )
     elif model.config.vision_config is None:
         raise MivpgError(f"bag {sample.id!r} has images, but the model has no vision model; it expects features.")
+    instances_are_images = model.config.patch_pooling != "none" or (
+        sample.features is not None and features_shape(sample.features)[1] == 1
+    )
+    has_positions = sample.image_coords is not None or (sample.features is not None and has_coords(sample.features))
+    if model.config.qformer_config.position_encoding == "ppeg" and instances_are_images and not has_positions:
+        _say(
+            f"bag {sample.id!r} has no coordinates, so ppeg lays the instances out on a square in their order, which "
+            "then matters."
+        )
 
 
 def _check_same(file: Path, asked: dict[str, Any]) -> None:
