@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader
 
+from mivpg.augmentation import augment
 from mivpg.bags import (
     Bag,
     BagCollator,
@@ -274,6 +275,42 @@ def test_a_larger_bag_shows_some_of_its_images_in_each_epoch(tmp_path, photos):
     few = BagDataset(samples, max_images=2)[5, 1]
     assert len(few.images) == 2
     assert not torch.equal(BagDataset(samples, max_images=8, seed=1)[0, 0].image_embeds, dataset[0, 0].image_embeds)
+
+
+def test_augmented_images_change_with_the_epoch_alone(photos, tmp_path):
+    samples = [Sample(id="a", images=photos, captions=("a chair",))]
+    dataset = BagDataset(samples, training=True, augmented=True)
+    pixels = {epoch: [np.asarray(image) for image in dataset[epoch, 0].images] for epoch in range(3)}
+    again = [np.asarray(image) for image in BagDataset(samples, training=True, augmented=True)[1, 0].images]
+    assert all(np.array_equal(a, b) for a, b in zip(again, pixels[1], strict=True))
+    plain = [np.asarray(image) for image in BagDataset(samples, training=True)[1, 0].images]
+    for one, other in ((pixels[0], pixels[1]), (pixels[1], pixels[2]), (pixels[1], plain)):
+        assert not all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    save_file({"image_embeds": torch.zeros(2, 1, 3)}, tmp_path / "a.safetensors")
+    features = BagDataset([Sample(id="a", features=tmp_path / "a.safetensors")], augmented=True)
+    with pytest.raises(BagError, match=r"a\.safetensors holds features, and augmentation changes images"):
+        features[0]
+
+
+def test_augmentation_stays_within_its_bounds():
+    """A picture of one colour: its hue, saturation and brightness are as drawn; corners change places."""
+    generator = random.Random(0)
+    seen = []
+    for _ in range(300):
+        pixels = np.asarray(augment(Image.new("RGB", (2, 3), (120, 60, 90)), generator), int)
+        assert pixels.min(axis=(0, 1)).tolist() == pixels.max(axis=(0, 1)).tolist()
+        seen.append(pixels[0, 0].tolist())
+    lightness = [max(pixel) - 120 for pixel in seen]
+    assert -52 <= min(lightness) < -40 and 40 < max(lightness) <= 52  # a fifth of white
+    spread = [max(pixel) - min(pixel) for pixel in seen]
+    assert 47 <= min(spread) < 52 and 68 < max(spread) <= 73  # four to six fifths of 60
+    corners = np.zeros((2, 2, 3), np.uint8)
+    corners[0, 0], corners[0, 1], corners[1, 0], corners[1, 1] = 60, 100, 140, 180
+    orders = set()
+    for _ in range(200):
+        grey = np.asarray(augment(Image.fromarray(corners), generator))[..., 0]
+        orders.add(tuple(grey.ravel().argsort()))
+    assert len(orders) == 8  # of a square: four turns, mirrored or not
 
 
 def test_a_bag_that_cannot_be_opened_is_named(photos, tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from mivpg.augmentation import augment
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import features_shape, has_coords, read_features
 from mivpg.images import check_image, open_image
@@ -214,6 +215,7 @@ class BagDataset(Dataset):
         seed: Of the choice among several references and among images.
         training: Whether a bag carries a caption: one reference, drawn anew every epoch.
         max_images: Of a larger bag so many images, drawn anew every epoch, in their order.
+        augmented: Whether images are turned, mirrored and recoloured, anew every epoch.
     """
 
     def __init__(
@@ -224,12 +226,14 @@ class BagDataset(Dataset):
         seed: int = 0,
         training: bool = False,
         max_images: int | None = None,
+        augmented: bool = False,
     ) -> None:
         self.samples = samples
         self.prompt = prompt
         self.seed = seed
         self.training = training
         self.max_images = max_images
+        self.augmented = augmented
 
     def sizes(self) -> list[int]:
         """Images of each bag, as it will be opened."""
@@ -258,6 +262,11 @@ class BagDataset(Dataset):
             if sample.features is None:
                 paths = sample.images if chosen is None else [sample.images[i] for i in chosen]
                 images = [open_image(path) for path in paths]
+                if self.augmented:
+                    generator = random.Random(f"{self.seed} {epoch} {index} augmentation")
+                    images = [augment(image, generator) for image in images]
+            elif self.augmented:
+                raise BagError(f"{sample.features} holds features, and augmentation changes images; leave one out.")
             else:
                 image_embeds, coords = read_features(sample.features)
             if coords is None and sample.image_coords is not None:

@@ -204,6 +204,8 @@ class TrainConfig:
     """Of a bag with several: each makes a pair, all trained on in an epoch; or one is drawn at random in each epoch."""
     max_images: int | None = None
     """In training, of a larger bag so many images, drawn anew in each epoch; captions are written from all."""
+    augmentation: bool = False
+    """Turn, mirror and recolour training images at random, as for patches of tissue; takes images, not features."""
     early_stopping_patience: int | None = None
     """Stop after this many epochs without a better `best_metric`."""
     save_steps: int | None = None
@@ -267,7 +269,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         model,
         args,
         processor,
-        BagDataset(pairs, prompt=config.prompt, seed=config.seed, training=True, max_images=config.max_images),
+        BagDataset(
+            pairs,
+            prompt=config.prompt,
+            seed=config.seed,
+            training=True,
+            max_images=config.max_images,
+            augmented=config.augmentation,
+        ),
         BagDataset(val_samples, prompt=config.prompt) if val_samples else None,
         validation=config.validation,
         early_stopping_patience=config.early_stopping_patience,
