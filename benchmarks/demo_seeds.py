@@ -50,6 +50,12 @@ def main() -> None:
     print(row("CIDEr of mivpg, photos swapped", *(f"{run['swapped']['metrics']['CIDEr']:.2f}" for run in runs)))
 
     arms = list(runs[0]["arms"])
+    print(f"\n{row('captions that say nothing wrong', *(f'seed {seed}' for seed in seeds))}")
+    print(row("---", *["---:"] * len(seeds)))
+    for arm in arms:
+        counts = [(run["nothing_wrong"][arm], run["examples"]) for run in runs]
+        print(row(arm, *(f"{share:.2f}, {e['nothing_wrong'][arm]} of {len(e['ids'])}" for share, e in counts)))
+
     print(f"\n{row('trait and where it is seen', 'products', *arms, 'chance', 'oracle, main photo')}")
     print(row("---", *["---:"] * (len(arms) + 3)))
     for trait in runs[0]["traits"]:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mivpg.captioning import read_captions
 from mivpg.demo import ARMS, DemoConfig, _example_that_works, findings, run_demo, write_demo_report
 from mivpg.errors import MivpgError
-from mivpg.miniature.catalogue import CatalogueProduct
+from mivpg.miniature.catalogue import CatalogueProduct, read_truth
 from mivpg.miniature.traits import (
     hidden_accuracy,
     most_common_values,
@@ -63,6 +64,13 @@ def test_results_have_every_arm_metric_and_floor(whole):
     assert all(scores.keys() == METRICS for scores in results["floors"].values())
     assert results["seconds"].keys() == {"catalogue", "features", "arms", "scores"}
     assert results["num_products"] == {"train": 42, "val": 6, "test": 12}
+    assert results["nothing_wrong"].keys() == results["examples"]["nothing_wrong"].keys() == ARM_NAMES
+    truth = {product.item_id: product for product in read_truth(whole / "catalogue")}
+    for arm in ARM_NAMES:
+        captions = read_captions(whole / "captions" / f"{arm}.jsonl")
+        right = {item_id for item_id, caption in captions.items() if says_nothing_wrong(caption, truth[item_id])}
+        assert results["nothing_wrong"][arm] == round(len(right) / 12, 4)
+        assert results["examples"]["nothing_wrong"][arm] == len(right & {*results["examples"]["ids"]})
 
 
 def test_arms_differ_in_model_and_photos_alone(whole):

@@ -150,6 +150,13 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     results["num_products"] = {split: len(select(bags["all"], split)) for split in ("train", "val", "test")}
     results["model"] = str(out / "arms" / "mivpg" / BEST)
     examples = choose_examples(out, captions, test, truth, config.seed)
+    results["examples"] = {
+        "ids": [example.id for example in examples],
+        "nothing_wrong": {
+            name: sum(says_nothing_wrong(those[example.id], truth[example.id]) for example in examples)
+            for name, those in captions.items()
+        },
+    }
     write_demo_report(out / "report.html", results, examples)
     draw_example(_example_that_works(examples, captions["mivpg"], truth), "MIVPG", out / "example.png")
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -363,6 +370,10 @@ def score(
                     ("mivpg", "mivpg_without_csa"),
                 )
             },
+            "nothing_wrong": {
+                name: round(sum(says_nothing_wrong(those[p.item_id], p) for p in products) / len(products), 4)
+                for name, those in captions.items()
+            },
             "traits": trait_accuracies(captions, products, guesses),
             "hidden": {name: hidden_accuracy(those, products, seed) for name, those in captions.items()}
             | {"chance": hidden_accuracy(oracles["main_photo_and_guess"], products, seed)},
@@ -468,7 +479,8 @@ def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence
         Examples(
             title="Twelve test products",
             note="One of each family, drawn by the seed. The bar under a photo is how much MIVPG's visual prompts "
-            "looked at it.",
+            f"looked at it. MIVPG says nothing wrong of {results['examples']['nothing_wrong']['mivpg']} of these "
+            f"{len(examples)} and of {results['nothing_wrong']['mivpg']:.0%} of all test products.",
             examples=examples,
             emphasised=titles["mivpg"],
         ),
