@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.errors import MivpgError
-from mivpg.miniature import BASE_MODEL, base
+from mivpg.miniature import BASE_MODEL, base, scenes
 from mivpg.miniature.base import CLASSES, MINIATURES, PROMPT, Recipe, judge, make_base, make_picture, make_text
 from mivpg.miniature.product_lessons import picture_lesson, text_lesson
 from mivpg.miniature.products import FAMILIES, draw_product
@@ -112,7 +113,8 @@ class TestCommitted:
         assert figures["loss"] < committed["loss"] + 0.1
         for miniature, trait in (("product_lessons", "color"), ("scenes", "object"), ("biopsies", "type")):
             right, expected = (f["right_of_said"][miniature][trait] for f in (figures, committed))
-            assert right > expected - 0.1, (miniature, trait)
+            deviation = math.sqrt(expected * (1 - expected) / figures["num_said"][miniature][trait])
+            assert right > expected - 3 * deviation - 0.01, (miniature, trait)
 
     def test_without_its_picture_it_is_wrong(self):
         """The control: pictures and texts that do not belong together."""
@@ -220,6 +222,17 @@ class TestData:
         expected = [sum(embed(torch.tensor(token)) for token in tokenizer(f" {w}")["input_ids"]) for w in words]
         assert torch.allclose(base.keyword_embeds(model, tokenizer, words), torch.stack(expected), atol=1e-6)
         assert base.keyword_embeds(model, tokenizer, []).shape == (0, embed.weight.shape[1])
+
+    def test_a_scene_is_not_mirrored(self):
+        """Left would be right; products and patches are, about half of them."""
+        pictures = [make_picture("test", index) for index in range(80)]
+        is_scene = torch.tensor([not picture.classes.isdisjoint(scenes.CLASSES) for picture in pictures])
+        pixels = torch.arange(80 * 3 * 2 * 5.0).reshape(80, 3, 2, 5)
+        mirrored = base.mirror_half(pixels, pictures, random.Random(0))
+        changed = (mirrored != pixels).flatten(1).any(dim=1)
+        assert torch.equal(mirrored[changed], pixels[changed].flip(-1))
+        assert is_scene.sum() > 8 and not changed[is_scene].any()
+        assert 0.35 < changed[~is_scene].double().mean() < 0.65
 
     def test_pictures_depend_on_stream_and_index_alone(self):
         random.seed(0)

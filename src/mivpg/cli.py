@@ -420,7 +420,7 @@ def miniature_patch_gastric(*, out: Path, num_slides: int = 300, mean_patches: i
 
 @app.command(name="miniature-base")
 def miniature_base(*, out: Path, seed: int = 0) -> None:
-    """Train the base model that comes with the package anew, on generated single pictures; about half an hour.
+    """Train the base model that comes with the package anew, on generated single pictures; about forty minutes.
 
     Args:
         out: A new or empty folder, or one in which this was interrupted.

@@ -233,6 +233,12 @@ def pixel_values(processor: Blip2Processor, pictures: Sequence[PictureLesson]) -
     return (pixels - mean) / std
 
 
+def mirror_half(pixels: Tensor, pictures: Sequence[PictureLesson], generator: random.Random) -> Tensor:
+    """Half of the pictures (n, 3, h, w) mirrored, of those that can be."""
+    mirrored = [picture.can_be_mirrored and generator.random() < 0.5 for picture in pictures]
+    return torch.where(torch.tensor(mirrored)[:, None, None, None], pixels.flip(-1), pixels)
+
+
 def pad(rows: Sequence[list[int]], value: int) -> Tensor:
     """(n, T)."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
@@ -351,9 +357,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
         batch = [pictures[index] for index in chosen]
         losses: dict[str, Tensor] = {}
         if stage == "vision":
-            pixels = pixel_values(processor, batch)
-            mirrored = [picture.can_be_mirrored and generator.random() < 0.5 for picture in batch]
-            pixels[mirrored] = pixels[mirrored].flip(-1)
+            pixels = mirror_half(pixel_values(processor, batch), batch, generator)
             tokens = model.vision_model(pixels).last_hidden_state
             losses["class"] = class_loss(heads["vision"], tokens, batch)
         elif stage == "language":
