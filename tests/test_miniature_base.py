@@ -171,10 +171,11 @@ class TestRecipe:
 class TestData:
     def test_a_text_beside_a_picture_says_what_that_picture_and_its_keywords_say(self):
         """The base has never seen a text that says what another photo shows, as references do."""
-        num_seen = num_told = 0
+        num_seen = num_told = num_alone = 0
         for index in range(60):
             picture = picture_lesson(random.Random(index))
             told = " ".join(picture.keywords).split()
+            num_alone += not told
             for trait, values in FAMILIES[picture.facts["family"]].traits.items():
                 value, spoken = picture.facts[trait], said(picture.text, trait, values)
                 if f"product {trait} {value}" in picture.classes:
@@ -185,6 +186,7 @@ class TestData:
                     num_told += 1
         assert num_seen > 120
         assert num_told > 15
+        assert 20 < num_alone < 40  # half, and those that show everything
 
     def test_every_text_begins_with_the_prompt(self):
         texts = [make_text(0, index).text for index in range(100)]
