@@ -152,15 +152,17 @@ def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     out = tmp_path / "interrupted"
     # A shell starts what runs in its background with SIGINT ignored, which children inherit.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = demo(out, start_new_session=True, preexec_fn=listen)
-    deadline = time.monotonic() + 200
-    while not list(out.glob("arms/*/config.yaml")):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    code, output, errors = finish(process)
-    assert code == 130 and errors.strip().splitlines()[-1] == "mivpg: interrupted", (output, errors)
-    assert "Traceback" not in errors
+    for moment in ("logs", "arms/*/config.yaml"):  # while the arms' processes start, and while they train
+        process = demo(out, start_new_session=True, preexec_fn=listen)
+        deadline = time.monotonic() + 200
+        while not list(out.glob(moment)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1.5)
+        os.killpg(process.pid, signal.SIGINT)
+        code, output, errors = finish(process)
+        assert code == 130 and errors.strip().splitlines()[-1] == "mivpg: interrupted", (output, errors)
+        assert "Traceback" not in errors
     code, _, errors = finish(demo(out))
     assert code == 0, errors
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, out))

@@ -258,7 +258,10 @@ def _run_arms(out: Path, config: DemoConfig, num_pairs: int) -> None:
             while waiting and len(running) < (os.cpu_count() or 1):
                 arm = waiting.pop(0)
                 process = context.Process(target=_run_arm, args=(out, config, arm), daemon=True)
+                # Ctrl-C is the parent's, which ends its children: they inherit that they do not hear it.
+                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 process.start()
+                signal.signal(signal.SIGINT, heard)
                 running[arm.name] = process
             progress.update(sum(_num_steps(out, arm) for arm in ARMS) - progress.n)
             for name, process in list(running.items()):
@@ -297,7 +300,6 @@ def _is_done(out: Path, arm: Arm) -> bool:
 
 def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
     """What happens in an arm's process: training, then captions of the test products."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its children
     import transformers
 
     transformers.logging.set_verbosity_error()
