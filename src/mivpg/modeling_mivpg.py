@@ -37,6 +37,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from mivpg import folded_attention
 from mivpg.checkpoints import CheckpointMixin, is_named
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
@@ -256,8 +257,18 @@ class CorrelatedSelfAttention(InstanceCorrelation):
         self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
     ) -> Tensor:
         """Instances (B, M, D), queries (B, R, H) -> instances (B, M, D)."""
-        states = self.attend(self.query(instances), self.key(queries), self.value(queries))
-        return instances + self.output(states)
+        key, value = self.key(queries), self.value(queries)
+        if not folded_attention.pays(instances, queries.shape[1], self.query, self.num_attention_heads):
+            return instances + self.output(self.attend(self.query(instances), key, value))
+        return instances + folded_attention.instances_ask(
+            instances,
+            self.heads(key),
+            self.heads(value),
+            self.query,
+            self.output,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
 
 
 class ConstantCorrelatedSelfAttention(CorrelatedSelfAttention):
@@ -401,6 +412,7 @@ class MivpgLayer(GradientCheckpointingLayer):
         self.instance_correlation = None
         if self.has_cross_attention:
             self.crossattention = Blip2QFormerAttention(config, is_cross_attention=True)
+            self.crossattention.attention = folded_attention.FoldingCrossAttention(config, is_cross_attention=True)
             if config.position_encoding == "ppeg":
                 self.position_encoding = PyramidPositionEncoding(config.encoder_hidden_size)
             if config.instance_correlation != "none":

@@ -1,0 +1,137 @@
+"""The folded form for large bags is the same attention: equations, gradients, maps, dropout; and when it is taken."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mivpg import folded_attention
+from mivpg.modeling_mivpg import CorrelatedSelfAttention, MivpgForConditionalGeneration
+from reference import Setting
+from test_equations import compare, model_of
+from tiny import random_bags, random_coords, tiny_config, tiny_model
+
+LENGTHS = (5, 1, 2)
+CORRELATIONS = ("none", "csa", "csa_constant")
+
+
+@pytest.fixture
+def always_folded(monkeypatch):
+    """Whatever the size of a bag; counts how often it is asked."""
+    asked = []
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: asked.append(1) or True)
+    return asked
+
+
+@pytest.mark.parametrize("position_encoding", ["none", "ppeg"])
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_it_computes_the_equations(always_folded, correlation, position_encoding, record_property):
+    """Against the loop-by-loop transcription, in float64, padding included."""
+    image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
+    coords = random_coords(LENGTHS, side=4).double() if position_encoding == "ppeg" else None
+    setting = Setting("cls", correlation, position_encoding)
+    difference = compare(setting, image_embeds.double(), image_mask, coords)
+    record_property("folded attention against the transcription", difference)
+    assert len(always_folded) >= 3
+
+
+def gradients(model: MivpgForConditionalGeneration, *inputs: Tensor) -> dict[str, Tensor]:
+    """Of every parameter and of the instances."""
+    image_embeds = inputs[0].clone().requires_grad_()
+    model.zero_grad()
+    model.get_visual_prompts(image_embeds, *inputs[1:]).embeds.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"image_embeds": image_embeds.grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_gradients_are_those_of_straightforward_attention(monkeypatch, correlation, checkpointing, record_property):
+    model = model_of(Setting("cls", correlation, "none")).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
+    expected = gradients(model, image_embeds.double(), image_mask)
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+    folded = gradients(model, image_embeds.double(), image_mask)
+    assert folded.keys() == expected.keys()  # the key's bias among them, whose gradient is zero
+    largest = max((folded[name] - expected[name]).abs().max().item() for name in expected)
+    record_property("gradients of folded attention", largest)
+    assert largest < 1e-10
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_maps_are_the_same(monkeypatch, implementation):
+    model = tiny_model(tiny_config("cls"))
+    model.qformer.set_attn_implementation(implementation)
+    image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
+
+    def maps() -> tuple[Tensor, ...]:
+        instances, mask = model.get_instances(image_embeds, image_mask)
+        queries = model.query_tokens.expand(len(instances), -1, -1)
+        return model.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=instances,
+            encoder_attention_mask=mask,
+            output_attentions=True,
+        ).cross_attentions
+
+    with torch.no_grad():
+        model.qformer.set_attn_implementation("eager")  # sdpa keeps no maps
+        expected = maps()
+        monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+        model.qformer.set_attn_implementation(implementation)
+        folded = maps()
+    assert len(folded) == len(expected) == 3
+    for one, other in zip(folded, expected, strict=True):
+        assert one.shape == other.shape and (one - other).abs().max() < 1e-6
+        assert (one * (1 - image_mask[:, None, None])).abs().max() < 1e-6  # padding is not looked at
+
+
+@pytest.mark.parametrize("part", ["csa", "cross-attention"])
+def test_dropped_weights_leave_the_mean_where_it_was(always_folded, part):
+    """The mean over many draws is what comes without dropout, biases included; each draw is another."""
+    torch.manual_seed(0)
+    model = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].float()
+    correlation, attention = model.instance_correlation, model.crossattention.attention
+    queries, instances = torch.randn(1, 5, 16), torch.randn(1, 7, attention.key.in_features)
+
+    def run() -> Tensor:
+        if part == "csa":
+            return correlation(instances, None, queries, queries) - instances
+        return attention(queries, encoder_hidden_states=instances)[0]
+
+    with torch.no_grad():
+        exact = run()
+        model.train()
+        correlation.attention_dropout = attention.attention_dropout = 0.3
+        draws = torch.stack([run() for _ in range(4000)])
+    assert not torch.equal(draws[0], draws[1])
+    error = (draws.mean(dim=0) - exact).abs()
+    assert (error < 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-5).all()
+
+
+def test_it_is_taken_for_large_bags_alone(monkeypatch):
+    """And only where the queries of all heads are fewer than the width that is folded away."""
+    taken = []
+    folding = folded_attention.instances_ask
+    monkeypatch.setattr(
+        folded_attention, "instances_ask", lambda *a, **k: taken.append(a[0].shape[1]) or folding(*a, **k)
+    )
+    config = tiny_config("cls", num_attention_heads=2).qformer_config
+    correlation = CorrelatedSelfAttention(config).eval()
+    for length, num_queries in ((2047, 5), (2048, 5), (2048, 8)):
+        instances, queries = torch.randn(1, length, config.encoder_hidden_size), torch.randn(1, num_queries, 16)
+        correlation(instances, None, queries, queries)
+    assert taken == [2048]  # 2 heads of 8 queries are as many as 16 columns
+
+
+def test_a_large_bag_is_captioned_as_its_straightforward_form_captions_it(monkeypatch):
+    model = tiny_model(tiny_config("cls"))
+    monkeypatch.setattr(folded_attention, "FOLD_FROM", 10**9)
+    image_embeds = torch.randn(1, 3000, 1, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.get_visual_prompts(image_embeds).embeds
+        monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+        folded = model.get_visual_prompts(image_embeds).embeds
+    assert not torch.equal(folded, expected)
+    assert (folded - expected).abs().max() < 1e-5 * expected.abs().max()
