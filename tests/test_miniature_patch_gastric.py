@@ -127,7 +127,7 @@ class TestPatches:
         for index, rows in enumerate(looks.values()):
             distances = np.linalg.norm((rows[15:, None] - mean) / std - centroids, axis=-1)
             right += list(distances.argmin(axis=1) == index)
-        record_property("patch types mistaken by nearest mean", 1 - np.mean(right))
+        record_property("patch types mistaken by nearest mean", float(1 - np.mean(right)))
         assert np.mean(right) > 0.95
 
     @pytest.mark.parametrize("kind", PATCH_TYPES)
@@ -214,7 +214,7 @@ class TestReports:
         splits = stratified_split({index: f["subtype"] for index, f in facts.items()}, 0)
         training = {texts[index] for index, split in splits.items() if split == "train"}
         verbatim = np.mean([texts[index] in training for index, split in splits.items() if split == "test"])
-        record_property("share of test reports verbatim in training, of 300 slides", verbatim)
+        record_property("share of test reports verbatim in training, of 300 slides", float(verbatim))
         assert 0.55 < verbatim < 0.9
         assert 60 < len(set(texts.values())) < 180
 
