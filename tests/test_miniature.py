@@ -6,7 +6,6 @@ traits that a photo shows with what changes in it when they change, sentences wi
 
 import csv
 import gzip
-import hashlib
 import json
 import random
 import re
@@ -21,9 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generated import contents, interrupt_after
 from mivpg.datasets import AboConfig
 from mivpg.errors import MivpgError
-from mivpg.miniature import catalogue, folders
+from mivpg.miniature import catalogue
 from mivpg.miniature.catalogue import PHOTO_SIZE, CatalogueProduct, make_catalogue, read_truth
 from mivpg.miniature.drawing import Block, Camera, Frustum, Material, Paint, Pattern, Shape, draw
 from mivpg.miniature.families import COLORS, FAMILIES, HIDDEN_COLORS, Product
@@ -543,25 +543,6 @@ class TestWording:
 NUM_PRODUCTS = 6
 
 
-def contents(root: Path) -> dict[str, str]:
-    """The sha256 of every file, by its path."""
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def interrupt_after(monkeypatch, number: int) -> None:
-    """Ends a run, as Ctrl-C does, when so many products are noted."""
-
-    def progress(results, **_):
-        for count, result in enumerate(results):
-            if count == number:
-                raise KeyboardInterrupt
-            yield result
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(folders, "tqdm", progress)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, list[CatalogueProduct]]:
     root = tmp_path_factory.mktemp("catalogue") / "new" / "folder"
@@ -745,8 +726,9 @@ class TestBadInput:
 
     def test_damaged_record_of_an_interrupted_run(self, made, tmp_path):
         header = json.dumps(json.loads((made[0] / "miniature.json").read_text()))
-        (tmp_path / "records.partial.jsonl").write_text(f'{header}\n{{"index": 0}}\n')
-        assert "records.partial.jsonl" in fail(tmp_path)
+        for entry in ('{"index": 0}', '{"index": 0, "record": {}}'):
+            (tmp_path / "records.partial.jsonl").write_text(f"{header}\n{entry}\n")
+            assert "records.partial.jsonl" in fail(tmp_path)
 
     def test_no_truth(self, made, tmp_path):
         with pytest.raises(MivpgError, match=r"truth\.json"):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from generated import contents
 from mivpg.datasets import CocoConfig
 from mivpg.errors import MivpgError
 from mivpg.miniature import coco, folders, scenes
@@ -324,10 +325,6 @@ def test_classes_tell_scenes_apart():
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

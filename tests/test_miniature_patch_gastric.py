@@ -1,7 +1,6 @@
 """The miniature slides: what their patches look like, what their reports say, and the files that hold them."""
 
 import csv
-import hashlib
 import json
 import random
 import re
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from generated import contents, interrupt_after
 from mivpg.datasets.patch_gastric import PatchGastricConfig, stratified_split
 from mivpg.errors import MivpgError
 from mivpg.miniature import folders, patch_gastric
@@ -305,12 +305,6 @@ class TestLessons:
 OPTIONS = {"num_slides": 5, "mean_patches": 7, "seed": 0}
 
 
-def contents(root: Path) -> dict[str, str]:
-    """The sha256 of every file, by its path."""
-    files = (path for path in sorted(root.rglob("*")) if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slides") / "new" / "folder"
@@ -320,19 +314,6 @@ def root(tmp_path_factory) -> Path:
 
 def in_this_process(function, items, *, chunksize):
     yield from map(function, items)
-
-
-def interrupt_after(monkeypatch, number: int) -> None:
-    """Ends a run, as Ctrl-C does, when so many slides are noted."""
-
-    def progress(results, **_):
-        for count, result in enumerate(results):
-            if count == number:
-                raise KeyboardInterrupt
-            yield result
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(folders, "tqdm", progress)
 
 
 class TestFiles:

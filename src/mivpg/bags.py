@@ -184,12 +184,18 @@ def _check_has_caption(sample: Sample) -> None:
         raise BagError("no caption, expected at least one to train on.")
 
 
+def has_positions(sample: Sample) -> bool:
+    """Whether it is known where the images of a bag lie.
+
+    Raises:
+        BagError: Its features file cannot be read.
+    """
+    return sample.image_coords is not None or (sample.features is not None and has_coords(sample.features))
+
+
 def _kind_of_sample(sample: Sample) -> str:
-    coords = sample.image_coords is not None
-    if sample.features is None:
-        return _kind(None, coords)
-    shape = features_shape(sample.features)
-    return _kind(shape, coords or has_coords(sample.features))
+    shape = None if sample.features is None else features_shape(sample.features)
+    return _kind(shape, has_positions(sample))
 
 
 def _kind_of_bag(bag: Bag) -> str:

@@ -152,10 +152,7 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
     examples = choose_examples(out, captions, test, truth, config.seed)
     results["examples"] = {
         "ids": [example.id for example in examples],
-        "nothing_wrong": {
-            name: sum(says_nothing_wrong(those[example.id], truth[example.id]) for example in examples)
-            for name, those in captions.items()
-        },
+        "nothing_wrong": _count_right(captions, [truth[example.id] for example in examples]),
     }
     write_demo_report(out / "report.html", results, examples)
     draw_example(_example_that_works(examples, captions["mivpg"], truth), "MIVPG", out / "example.png")
@@ -373,8 +370,7 @@ def score(
                 )
             },
             "nothing_wrong": {
-                name: round(sum(says_nothing_wrong(those[p.item_id], p) for p in products) / len(products), 4)
-                for name, those in captions.items()
+                name: round(number / len(products), 4) for name, number in _count_right(captions, products).items()
             },
             "traits": trait_accuracies(captions, products, guesses),
             "hidden": {name: hidden_accuracy(those, products, seed) for name, those in captions.items()}
@@ -387,6 +383,11 @@ def score(
                 ),
             },
         }
+
+
+def _count_right(captions: Mapping[str, Mapping[str, str]], products: Sequence[CatalogueProduct]) -> dict[str, int]:
+    """Of each arm, how many of the products' captions say nothing wrong."""
+    return {name: sum(says_nothing_wrong(those[p.item_id], p) for p in products) for name, those in captions.items()}
 
 
 # ── The report ──────────────────────────────────────────────────────────────────────────────────────────────────────

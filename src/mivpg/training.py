@@ -48,6 +48,7 @@ from mivpg.bags import (
     Sample,
     bag_size,
     check_bags,
+    has_positions,
     one_pair_a_reference,
     select,
 )
@@ -56,7 +57,7 @@ from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, Positio
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
-from mivpg.feature_files import features_shape, has_coords
+from mivpg.feature_files import features_shape
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 
@@ -329,19 +330,17 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
 
     Says so where a position encoding finds no positions.
     """
+    num_tokens = None
     if sample.features is not None:
-        width = features_shape(sample.features)[2]
+        _, num_tokens, width = features_shape(sample.features)
         if width != model.config.image_embeds_size:
             raise MivpgError(
                 f"{sample.features}: features are {width} wide, the model expects {model.config.image_embeds_size}."
             )
     elif model.config.vision_config is None:
         raise MivpgError(f"bag {sample.id!r} has images, but the model has no vision model; it expects features.")
-    instances_are_images = model.config.patch_pooling != "none" or (
-        sample.features is not None and features_shape(sample.features)[1] == 1
-    )
-    has_positions = sample.image_coords is not None or (sample.features is not None and has_coords(sample.features))
-    if model.config.qformer_config.position_encoding == "ppeg" and instances_are_images and not has_positions:
+    instances_are_images = model.config.patch_pooling != "none" or num_tokens == 1
+    if model.config.qformer_config.position_encoding == "ppeg" and instances_are_images and not has_positions(sample):
         _say(
             f"bag {sample.id!r} has no coordinates, so ppeg lays the instances out on a square in their order, which "
             "then matters."

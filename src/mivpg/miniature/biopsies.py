@@ -15,13 +15,14 @@ the diagnosis.
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from mivpg.miniature.lessons import IMAGE_SIZE, SHARE_WITH_KEYWORDS, PictureLesson, TextLesson
+from mivpg.miniature.lessons import SHARE_WITH_KEYWORDS, PictureLesson, TextLesson, pixels_of
+from mivpg.miniature.wording import choose
 
 PATCH_SIZE = 128
 """Pixels a side; the real ones have 300."""
@@ -218,9 +219,9 @@ def report(facts: Mapping[str, str], generator: random.Random | None = None) -> 
         cells += f", {MUCIN[facts['mucin']]},"
     cells += f" and {INVASION[facts['invasion']]}"
     if facts["inflammation"] != "none":
-        cells += f", {_choose(generator, INFLAMMATION[facts['inflammation']])}"
+        cells += f", {choose(generator, INFLAMMATION[facts['inflammation']], USUAL)}"
     subtype = facts["subtype"]
-    manner = _choose(generator, ("consistent", "two sentences", "in which"))
+    manner = choose(generator, ("consistent", "two sentences", "in which"), USUAL)
     if manner == "consistent":
         return _sentence(f"{cells}, consistent with {subtype}")
     if manner == "in which":
@@ -258,9 +259,8 @@ def text_lesson(generator: random.Random) -> TextLesson:
 def picture_lesson(generator: random.Random) -> PictureLesson:
     """A patch, made smaller as the base model sees those of a slide, and what it shows."""
     kind = generator.choice(PATCH_TYPES)
-    image = draw_patch(kind, generator).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     return PictureLesson(
-        pixels=np.asarray(image),
+        pixels=pixels_of(draw_patch(kind, generator)),
         keywords=[],
         text=description(kind, generator),
         classes=frozenset({f"patch {kind}"}),
@@ -328,13 +328,6 @@ def _plain(caption: str) -> str:
 
 def _sentence(words: str) -> str:
     return f"{words[0].upper()}{words[1:]}."
-
-
-def _choose(generator: random.Random | None, options: Sequence[str]) -> str:
-    """The usual wording, which stands first, or now and then another."""
-    if generator is None or generator.random() < USUAL:
-        return options[0]
-    return generator.choice(options[1:])
 
 
 # ── Drawing ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -311,7 +311,7 @@ def draw(
 
 def _rays(axes: np.ndarray, side: int) -> np.ndarray:
     """One through the middle of each of `side` x `side` fields, one unit deep, (3, side, side)."""
-    right, up, ahead = axes.astype(np.float32)[:, :, None, None]
+    right, up, ahead = axes[:, :, None, None]
     steps = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * np.float32(math.tan(FIELD_OF_VIEW / 2))
     return steps[None, None, :] * right - steps[None, :, None] * up + ahead
 

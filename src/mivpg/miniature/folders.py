@@ -69,7 +69,8 @@ def fill_folder(
             file.write(json.dumps({"index": index, "record": record}) + "\n")
             file.flush()
     records = [done[index] for index in range(number)]
-    write(records)
+    with _intact(root / PARTIAL):  # where some of them come from
+        write(records)
     write_whole(root / TRUTH, json.dumps(records) + "\n")
     write_whole(root / MADE_BY, json.dumps(made_by, indent=2) + "\n")
     (root / PARTIAL).unlink()

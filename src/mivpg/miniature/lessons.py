@@ -6,6 +6,7 @@ Each of the three miniatures (products, scenes, slides) gives such lessons, from
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 IMAGE_SIZE = 96
 """Of the base model's pictures, pixels a side."""
@@ -37,3 +38,8 @@ class PictureLesson:
     """What is true of it, by name, as the miniature's `right_of_said` reads it."""
     can_be_mirrored: bool = True
     """Whether all this is so of its mirror image as well."""
+
+
+def pixels_of(image: Image.Image) -> np.ndarray:
+    """(96, 96, 3) uint8, as the image processor makes a data set's pictures smaller."""
+    return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))

@@ -7,11 +7,8 @@ from a picture leaves room for more.
 import random
 from collections.abc import Mapping
 
-import numpy as np
-from PIL import Image
-
 from mivpg.miniature.catalogue import PHOTO_SIZE
-from mivpg.miniature.lessons import IMAGE_SIZE, SHARE_WITH_KEYWORDS, PictureLesson, TextLesson
+from mivpg.miniature.lessons import SHARE_WITH_KEYWORDS, PictureLesson, TextLesson, pixels_of
 from mivpg.miniature.products import FAMILIES, HIDDEN_TRAITS, draw_product, photograph
 from mivpg.miniature.wording import HEAD, PARTS, keywords, picture_description, reference, said, says_noun
 
@@ -49,7 +46,7 @@ def picture_lesson(generator: random.Random) -> PictureLesson:
         told = {trait for trait in sorted(product.traits.keys() - photo.seen) if generator.random() < 0.65}
     shown = {f"product {trait} {value}" for trait, value in product.traits.items() if trait in photo.seen}
     return PictureLesson(
-        pixels=np.asarray(photo.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)),
+        pixels=pixels_of(photo.image),
         keywords=keywords(product, told, generator),
         text=picture_description(product, photo.seen | told, generator),
         classes=frozenset({f"product {product.family}"} | shown),

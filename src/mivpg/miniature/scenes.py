@@ -24,7 +24,7 @@ from PIL import Image
 
 from mivpg.miniature.drawing import Block, Camera, Shape, draw
 from mivpg.miniature.families import BALL, COLORS, PAPER
-from mivpg.miniature.lessons import IMAGE_SIZE, SHARE_WITH_KEYWORDS, PictureLesson, TextLesson
+from mivpg.miniature.lessons import SHARE_WITH_KEYWORDS, PictureLesson, TextLesson, pixels_of
 from mivpg.miniature.products import draw_product
 from mivpg.miniature.wording import article, choose, list_up
 
@@ -536,9 +536,9 @@ def text_lesson(generator: random.Random) -> TextLesson:
 def picture_lesson(generator: random.Random) -> PictureLesson:
     """A scene and what it shows."""
     scene = draw_scene(generator)
-    image = photograph_scene(scene, generator).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    image = photograph_scene(scene, generator)
     return PictureLesson(
-        pixels=np.asarray(image),
+        pixels=pixels_of(image),
         keywords=[],
         text=description(scene, generator),
         classes=classes_of(scene),

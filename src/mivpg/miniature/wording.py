@@ -55,9 +55,9 @@ PARTS = ("legs", "arms", "front", "extra", "back", "beneath", "inside", "ends")
 """Traits that follow the noun, in the order in which they are spoken of."""
 
 
-def choose(generator: random.Random | None, options: Sequence[str]) -> str:
+def choose(generator: random.Random | None, options: Sequence[str], usual: float = USUAL) -> str:
     """The usual wording, which stands first, or now and then another; without a generator always the usual."""
-    if generator is None or len(options) == 1 or generator.random() < USUAL:
+    if generator is None or len(options) == 1 or generator.random() < usual:
         return options[0]
     return generator.choice(options[1:])
 
