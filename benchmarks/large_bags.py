@@ -1,12 +1,12 @@
 """Time and memory of a training step on one large bag of stored CLS features, at the Q-Former's real size.
 
-python benchmarks/large_bags.py [--position-encoding ppeg] [--keep-activations | --score] [NUM_INSTANCES …]
+python benchmarks/large_bags.py [--position-encoding ppeg] [--gradient-checkpointing | --score] [NUM_INSTANCES …]
 
 A process each, so that the peak of one does not hide that of another: an optimizer step (forward, backward, AdamW) of
-MIVPG with CSA, D = 1408, over a small language model, so that what is measured is MIVPG. Blocks are computed anew in
-the backward pass (`gradient_checkpointing` of a training run), unless their activations are kept. `--score` measures
-visual prompts alone, as for a caption. With PPEG the instances lie on a round piece of a lattice, as tissue does, in
-true coordinates. Prints Markdown.
+MIVPG with CSA, D = 1408, over a small language model, so that what is measured is MIVPG. `--gradient-checkpointing`
+computes blocks anew in the backward pass, as that option of a training run does; `--score` measures visual prompts
+alone, as for a caption. With PPEG the instances lie on a round piece of a lattice, as tissue does, in true coordinates.
+Prints Markdown.
 """
 
 import argparse
@@ -70,11 +70,13 @@ def make_batch(num_instances: int) -> dict[str, torch.Tensor]:
     }
 
 
-def measure(num_instances: int, position_encoding: str, *, keep_activations: bool, score: bool) -> dict[str, float]:
+def measure(
+    num_instances: int, position_encoding: str, *, gradient_checkpointing: bool, score: bool
+) -> dict[str, float]:
     """Seconds a step and the peak of this process in GB, what it holds before included."""
     torch.manual_seed(0)
     model = make_model(position_encoding)
-    if not keep_activations:
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     batch = make_batch(num_instances)
@@ -97,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("num_instances", nargs="*", type=int, default=[1000, 10_000, 100_000])
     parser.add_argument("--position-encoding", choices=["none", "ppeg"], default="none")
-    parser.add_argument("--keep-activations", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--score", action="store_true")
     parser.add_argument("--alone", action="store_true", help="measure in this process and print JSON")
     arguments = parser.parse_args()
@@ -105,7 +107,7 @@ def main() -> None:
         found = measure(
             arguments.num_instances[0],
             arguments.position_encoding,
-            keep_activations=arguments.keep_activations,
+            gradient_checkpointing=arguments.gradient_checkpointing,
             score=arguments.score,
         )
         print(json.dumps(found))
@@ -113,7 +115,7 @@ def main() -> None:
     print("| instances | seconds a step, least of 3 | slowest | peak memory, GB |\n|---:|---:|---:|---:|")
     for number in arguments.num_instances:
         options = [str(number), "--position-encoding", arguments.position_encoding, "--alone"]
-        options += ["--keep-activations"] * arguments.keep_activations + ["--score"] * arguments.score
+        options += ["--gradient-checkpointing"] * arguments.gradient_checkpointing + ["--score"] * arguments.score
         run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
         found = json.loads(run.stdout.splitlines()[-1])
         print(f"| {number:,} | {found['seconds']:.2f} | {found['slowest']:.2f} | {found['peak']:.1f} |", flush=True)

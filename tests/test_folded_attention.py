@@ -19,6 +19,7 @@ def always_folded(monkeypatch):
     """Whatever the size of a bag; counts how often it is asked."""
     asked = []
     monkeypatch.setattr(folded_attention, "pays", lambda *_: asked.append(1) or True)
+    monkeypatch.setattr(folded_attention, "CHUNK", 2)  # these bags are small
     return asked
 
 
@@ -52,6 +53,7 @@ def test_gradients_are_those_of_straightforward_attention(monkeypatch, correlati
     image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
     expected = gradients(model, image_embeds.double(), image_mask)
     monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+    monkeypatch.setattr(folded_attention, "CHUNK", 2)
     folded = gradients(model, image_embeds.double(), image_mask)
     assert folded.keys() == expected.keys()  # the key's bias among them, whose gradient is zero
     largest = max((folded[name] - expected[name]).abs().max().item() for name in expected)
@@ -108,6 +110,25 @@ def test_dropped_weights_leave_the_mean_where_it_was(always_folded, part):
     assert not torch.equal(draws[0], draws[1])
     error = (draws.mean(dim=0) - exact).abs()
     assert (error < 5 * draws.std(dim=0) / len(draws) ** 0.5 + 1e-5).all()
+
+
+def test_under_bf16_autocast_it_differs_as_little_as_straightforward_attention_does(monkeypatch, record_property):
+    model = model_of(Setting("cls", "csa", "none")).float().train()
+    image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
+    exact = gradients(model, image_embeds, image_mask)
+
+    def in_bf16() -> float:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = gradients(model, image_embeds, image_mask)
+        assert all(found[name].dtype == exact[name].dtype for name in exact)
+        return sum((found[name] - exact[name]).square().sum().item() for name in exact) ** 0.5
+
+    straightforward = in_bf16()
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+    monkeypatch.setattr(folded_attention, "CHUNK", 2)
+    folded = in_bf16()
+    record_property("bf16: error of folded gradients over that of straightforward ones", folded / straightforward)
+    assert folded < 1.5 * straightforward
 
 
 def test_it_is_taken_for_large_bags_alone(monkeypatch):

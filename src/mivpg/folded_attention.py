@@ -18,6 +18,10 @@ FOLD_FROM = 2048
 """Instances from which on a bag is large."""
 
 
+CHUNK = 2048
+"""Instances that are computed at a time."""
+
+
 def pays(instances: Tensor, num_queries: int, query_projection: nn.Linear, num_heads: int) -> bool:
     """Whether bags (B, M, D) are large, and R queries of each head fewer than its width."""
     return instances.shape[1] >= FOLD_FROM and num_heads * num_queries < query_projection.out_features
@@ -33,7 +37,7 @@ def instances_ask(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """Attention whose queries are instances (CSA, Eq. 9), with its output projection.
+    """Attention whose queries are instances (CSA, Eq. 9), with its output projection, added to the instances.
 
     Args:
         instances: (B, M, D).
@@ -54,9 +58,77 @@ def instances_ask(
         key_bias = (key.to(weight.dtype) @ bias[:, :, None]).flatten(1)  # (B, A R)
         output_weight = output_projection.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (A, d, D)
         folded_value = (value.to(weight.dtype) @ output_weight).flatten(1, 2)  # (B, A R, D)
-    scores = (instances @ folded_key.mT + key_bias[:, None]) * scaling  # (B, M, A R)
-    weights = F.dropout(scores.unflatten(2, (num_heads, -1)).softmax(dim=-1), dropout)  # (B, M, A, R)
-    return weights.flatten(2) @ folded_value + output_projection.bias
+    return _InstancesAsk.apply(
+        instances,
+        folded_key * scaling,
+        key_bias * scaling,
+        folded_value,
+        output_projection.bias,
+        num_heads,
+        dropout,
+        torch.is_grad_enabled(),
+    )
+
+
+class _InstancesAsk(torch.autograd.Function):
+    """`x + dropout(softmax_by_head(x key^T + key_bias)) value + bias`; of what it computes it keeps the weights alone.
+
+    Instances are taken `CHUNK` at a time, into tensors that are there before, so that nothing else has a bag's size.
+    """
+
+    @staticmethod
+    def forward(ctx, instances, key, key_bias, value, bias, num_heads: int, dropout: float, keep: bool) -> Tensor:
+        """Instances (B, M, D), key and value (B, A R, D), key_bias (B, A R), bias (D,) -> (B, M, D)."""
+        dtype = _compute_dtype(instances)
+        key, key_bias, value, bias = key.to(dtype), key_bias.to(dtype), value.to(dtype), bias.to(dtype)
+        updated = torch.empty_like(instances)
+        size = (*instances.shape[:2], key.shape[1]) if keep else (0,)
+        weights = instances.new_empty(size, dtype=dtype)
+        is_kept = instances.new_empty(size if dropout else (0,), dtype=torch.bool)
+        for part in _parts(instances):
+            chunk = instances[:, part]
+            scores = torch.baddbmm(key_bias[:, None], chunk.to(dtype), key.mT).unflatten(2, (num_heads, -1))
+            attention = scores.softmax(dim=-1, dtype=torch.promote_types(dtype, torch.float32)).flatten(2).to(dtype)
+            if keep:
+                weights[:, part] = attention
+            if dropout:
+                chunk_is_kept = torch.rand_like(attention, dtype=torch.float32) >= dropout
+                attention = attention * chunk_is_kept / (1 - dropout)
+                if keep:
+                    is_kept[:, part] = chunk_is_kept
+            torch.add(chunk, torch.baddbmm(bias, attention, value), out=updated[:, part])
+        ctx.save_for_backward(instances, key, value, weights, is_kept)
+        ctx.num_heads, ctx.dropout = num_heads, dropout
+        return updated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """Of the five tensors; sums over chunks are float32 at least."""
+        instances, key, value, weights, is_kept = ctx.saved_tensors
+        dtype = weights.dtype
+        grad_instances = torch.empty_like(instances)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=sum_dtype) for states in (key, value))
+        grad_key_bias = key.new_zeros(key.shape[:2], dtype=sum_dtype)
+        for part in _parts(instances):
+            grad_chunk, attention = grad[:, part].to(dtype), weights[:, part]
+            grad_attention = grad_chunk @ value.mT  # (B, m, A R)
+            dropped = attention
+            if ctx.dropout:
+                scale = is_kept[:, part] / (1 - ctx.dropout)
+                dropped, grad_attention = attention * scale, grad_attention * scale
+            grad_value += dropped.mT @ grad_chunk
+            grad_scores = torch._softmax_backward_data(
+                grad_attention.unflatten(2, (ctx.num_heads, -1)),
+                attention.unflatten(2, (ctx.num_heads, -1)),
+                -1,
+                dtype,
+            ).flatten(2)
+            grad_key += grad_scores.mT @ instances[:, part].to(dtype)
+            grad_key_bias += grad_scores.sum(dim=1)
+            torch.add(grad[:, part], grad_scores @ key, out=grad_instances[:, part])
+        return grad_instances, grad_key, grad_key_bias, grad_value, grad.sum(dim=(0, 1)), None, None, None
 
 
 class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
@@ -82,7 +154,8 @@ class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
             folded_query = (query.to(weight.dtype) @ weight).flatten(1, 2)  # (B, A R, D)
             # The same for all instances, so it changes nothing; but what is not in the graph gets no gradient.
             query_bias = (query.to(weight.dtype) @ bias[:, :, None]).flatten(1)  # (B, A R)
-        scores = (folded_query @ instances.mT + query_bias[:, :, None]) * self.scaling  # (B, A R, M)
+            query_bias, folded_query = query_bias * self.scaling, folded_query * self.scaling
+        scores = torch.baddbmm(query_bias[:, :, None], folded_query, instances.mT)  # (B, A R, M)
         scores = scores.unflatten(1, (self.num_attention_heads, -1))
         if encoder_attention_mask is not None:
             mask = encoder_attention_mask
@@ -95,6 +168,17 @@ class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
             # Weights that were dropped sum to another number than one, by which the bias counts.
             states = read.to(weight.dtype) @ weight.mT + kept.to(weight.dtype).sum(dim=-1, keepdim=True) * bias[:, None]
         return states.transpose(1, 2).flatten(2), weights
+
+
+def _parts(instances: Tensor) -> list[slice]:
+    """Where each chunk of (B, M, D) lies."""
+    return [slice(start, start + CHUNK) for start in range(0, instances.shape[1], CHUNK)]
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    """What autocast would multiply these states in."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def _by_head(projection: nn.Linear, num_heads: int) -> tuple[Tensor, Tensor]:

@@ -260,7 +260,7 @@ class CorrelatedSelfAttention(InstanceCorrelation):
         key, value = self.key(queries), self.value(queries)
         if not folded_attention.pays(instances, queries.shape[1], self.query, self.num_attention_heads):
             return instances + self.output(self.attend(self.query(instances), key, value))
-        return instances + folded_attention.instances_ask(
+        return folded_attention.instances_ask(
             instances,
             self.heads(key),
             self.heads(value),
