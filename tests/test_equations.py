@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from mivpg.configuration_mivpg import MivpgQFormerConfig
-from mivpg.modeling_mivpg import (
+from mivpg.layers import (
     AttentionPooling,
     ConstantCorrelatedSelfAttention,
     CorrelatedSelfAttention,
     FullSelfAttention,
     InducedSelfAttention,
-    MivpgForConditionalGeneration,
     NystromSelfAttention,
     PyramidPositionEncoding,
 )
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from reference import (
     Array,
     Setting,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from mivpg import folded_attention
-from mivpg.modeling_mivpg import CorrelatedSelfAttention, MivpgForConditionalGeneration
+from mivpg.layers import CorrelatedSelfAttention
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from reference import Setting
 from test_equations import compare, model_of
 from tiny import random_bags, random_coords, tiny_config, tiny_model

@@ -25,374 +25,32 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerAttention,
     Blip2QFormerIntermediate,
     Blip2QFormerMultiHeadAttention,
     Blip2QFormerOutput,
-    eager_attention_forward,
 )
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mivpg import folded_attention
+from mivpg.aggregators.base import VisualPrompts
 from mivpg.checkpoints import CheckpointMixin, is_named
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
+from mivpg.layers import (
+    INSTANCE_CORRELATIONS,
+    AttentionPooling,
+    BagGrid,
+    InducedSelfAttention,
+    PatchGrid,
+    PyramidPositionEncoding,
+    lattice_cells,
+    scatter_real,
+)
 from mivpg.loading import language_model_class
-
-ABMIL_HIDDEN_SIZE = 128
-"""L of Eq. 4."""
-
-
-def starting_at_zero(module: nn.Module) -> nn.Module:
-    """Marks a layer that `_init_weights` sets to zero, so that what it belongs to starts as the identity."""
-    module.starts_at_zero = True
-    return module
-
-
-# ── One instance an image: multiple instance learning over its patches (section 3.3) ────────────────────────────────
-
-
-class AttentionPooling(nn.Module):
-    """AB-MIL (Eq. 3 and 4): an image is the weighted mean of its tokens, the weights come from a small network.
-
-    `alpha = softmax(w^T tanh(u x))`, gated: `alpha = softmax(w^T (tanh(u x) * sigmoid(v x)))` (Ilse et al. 2018).
-    Eq. 4 has no biases. All P tokens take part, CLS too. `w` starts at zero, so that the pooling starts as the mean.
-    """
-
-    def __init__(self, size: int, *, gated: bool):
-        super().__init__()
-        self.projection = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False)  # u
-        self.gate = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False) if gated else None  # v
-        self.score = starting_at_zero(nn.Linear(ABMIL_HIDDEN_SIZE, 1, bias=False))  # w
-
-    def attention_weights(self, patches: Tensor) -> Tensor:
-        """The weight of each token of each image: (n, P, D) -> (n, P), each row sums to one."""
-        hidden = torch.tanh(self.projection(patches))  # (n, P, L)
-        if self.gate is not None:
-            hidden = hidden * torch.sigmoid(self.gate(patches))
-        return self.score(hidden).squeeze(-1).softmax(dim=-1)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """(n, P, D) -> (n, D)."""
-        return torch.einsum("np,npd->nd", self.attention_weights(patches), patches)
-
-
-# ── Where instances stand: the pyramid position encoding of TransMIL ────────────────────────────────────────────────
-
-
-@dataclass
-class PatchGrid:
-    """Every image of a bag is a square grid of its own."""
-
-    num_images: int
-    """N."""
-    num_prefix_tokens: int
-    """Tokens of an image that stand nowhere (CLS)."""
-    side: int
-
-
-@dataclass
-class BagGrid:
-    """A bag is one grid, whose cells are its images."""
-
-    lengths: list[int]
-    """Real images of each bag."""
-    cells: list[Tensor] | None
-    """Row and column (n, 2) of each image of each bag; None = not known, the images fill a square row by row."""
-
-
-class PyramidPositionEncoding(nn.Module):
-    """PPEG (TransMIL, Shao et al. 2021): depthwise convolutions over the grid of the instances, `x <- x + PPEG(x)`.
-
-    TransMIL writes `x + conv7(x) + conv5(x) + conv3(x)`; here the identity stands outside and the kernels and biases
-    start at zero, so that an untrained PPEG does nothing. The three kernels are summed to one 7x7 when they are run.
-    An image's prefix tokens (CLS) pass around. A bag without coordinates is laid out as TransMIL does: row by row in a
-    square whose last cells repeat the first instances. That depends on the order and the length of the bag, so bags
-    are encoded one by one, and a shuffled bag gives other prompts.
-    """
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.convolutions = nn.ModuleList(
-            starting_at_zero(nn.Conv2d(size, size, kernel_size, padding=kernel_size // 2, groups=size))
-            for kernel_size in (7, 5, 3)
-        )
-
-    def merged_kernel(self) -> tuple[Tensor, Tensor]:
-        """Weight (D, 1, 7, 7) and bias (D,) of the one convolution that equals the sum of the three."""
-        weight = sum(F.pad(conv.weight, [(7 - conv.kernel_size[0]) // 2] * 4) for conv in self.convolutions)
-        return weight, sum(conv.bias for conv in self.convolutions)
-
-    def forward(self, instances: Tensor, grid: PatchGrid | BagGrid) -> Tensor:
-        """(B, M, D) -> (B, M, D); padding stays as it is."""
-        if isinstance(grid, PatchGrid):
-            return self.encode_images(instances, grid)
-        kernel = self.merged_kernel()
-        encoded = []
-        for i, (bag, length) in enumerate(zip(instances, grid.lengths, strict=True)):
-            real, padding = bag[:length], bag[length:]
-            if grid.cells is None:
-                added = self.convolve_square(real, *kernel)
-            elif int(grid.cells[i].max(dim=0).values.add(1).prod()) <= 4 * length:
-                added = self.convolve_dense(real, grid.cells[i], *kernel)
-            else:
-                added = self.convolve_occupied(real, grid.cells[i], *kernel)
-            encoded.append(torch.cat([real + added, padding]))
-        return torch.stack(encoded)
-
-    def encode_images(self, instances: Tensor, grid: PatchGrid) -> Tensor:
-        """Each image's patches on the image's own grid; all images at once, padded ones too (nobody reads those)."""
-        batch_size, _, size = instances.shape
-        tokens = instances.reshape(batch_size * grid.num_images, -1, size)
-        prefix, patches = tokens[:, : grid.num_prefix_tokens], tokens[:, grid.num_prefix_tokens :]
-        canvas = patches.transpose(1, 2).unflatten(2, (grid.side, grid.side))  # (B*N, D, side, side)
-        added = self.convolve(canvas, *self.merged_kernel()).flatten(2).transpose(1, 2)
-        return torch.cat([prefix, patches + added], dim=1).reshape(instances.shape)
-
-    @staticmethod
-    def convolve(canvas: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The depthwise 7x7 convolution of (n, D, rows, columns)."""
-        return F.conv2d(canvas, weight, bias, padding=3, groups=canvas.shape[1])
-
-    def convolve_square(self, bag: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """TransMIL's square of a bag (n, D): side ceil(sqrt(n)), filled up with the first instances again."""
-        length, size = bag.shape
-        side = math.isqrt(length - 1) + 1
-        canvas = torch.cat([bag, bag[: side * side - length]]).T.reshape(1, size, side, side)
-        return self.convolve(canvas, weight, bias)[0].flatten(1).T[:length]
-
-    def convolve_dense(self, bag: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A bag (n, D) at true cells (n, 2) of a grid of which it fills at least a quarter; empty cells are zero."""
-        rows, columns = (cells.max(dim=0).values + 1).tolist()
-        flat = cells[:, 0] * columns + cells[:, 1]
-        canvas = bag.new_zeros(rows * columns, bag.shape[1]).index_copy(0, flat, bag)
-        canvas = canvas.T.reshape(1, bag.shape[1], rows, columns)
-        return self.convolve(canvas, weight, bias)[0].flatten(1).T[flat]
-
-    def convolve_occupied(self, bag: Tensor, cells: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The same for a sparse grid, at the cost of the occupied cells alone: 49 shifts, each a lookup and a sum."""
-        width = int(cells[:, 1].max()) + 7  # room for 3 columns on either side, so that no shift wraps around
-        keys, order = torch.sort(cells[:, 0] * width + cells[:, 1])
-        out = bias.expand_as(bag)
-        for row in range(7):
-            for column in range(7):
-                wanted = cells[:, 0] * width + cells[:, 1] + (row - 3) * width + (column - 3)
-                place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-                found = keys[place] == wanted
-                out = out.index_add(0, found.nonzero()[:, 0], bag[order[place[found]]] * weight[:, 0, row, column])
-        return out
-
-
-# ── How instances see each other (section 3.4) ──────────────────────────────────────────────────────────────────────
-
-
-class InstanceCorrelation(nn.Module):
-    """What the ways to correlate instances share: `x <- x + W_o Attention(Q, K, V)`.
-
-    The paper gives neither widths nor residual nor normalisation. Instances keep their width D, so that pretrained
-    cross-attention weights stay valid; `W_o` starts at zero, so that an untrained module changes nothing; and queries
-    are read from the instances as they are, which have left the vision model through its last LayerNorm.
-    """
-
-    def __init__(self, config: MivpgQFormerConfig, key_size: int):
-        super().__init__()
-        self.config = config
-        self.num_attention_heads = config.num_attention_heads
-        self.attention_head_size = config.hidden_size // config.num_attention_heads
-        self.scaling = self.attention_head_size**-0.5
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.is_causal = False
-        self.query = nn.Linear(config.encoder_hidden_size, config.hidden_size)
-        self.key = nn.Linear(key_size, config.hidden_size)
-        self.value = nn.Linear(key_size, config.hidden_size)
-        self.output = starting_at_zero(nn.Linear(config.hidden_size, config.encoder_hidden_size))  # W_o
-
-    def heads(self, states: Tensor) -> Tensor:
-        """(B, L, H) -> (B, A, L, H/A)."""
-        return states.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of Eq. 1, head by head, over projected states (B, L, H); `mask` is what transformers' masks are."""
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        states, _ = attention(
-            self,
-            self.heads(query),
-            self.heads(key),
-            self.heads(value),
-            mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        return states.flatten(2)  # (B, L, H)
-
-    def bag_mask(self, queries: Tensor, instances: Tensor, instance_mask: Tensor | None) -> Tensor | None:
-        """Keeps `queries` (B, L, ·) from padded instances; None where none is padded."""
-        if instance_mask is None:
-            return None
-        return create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=queries,
-            attention_mask=instance_mask,
-            encoder_hidden_states=instances,
-        )
-
-
-class CorrelatedSelfAttention(InstanceCorrelation):
-    """CSA (Eq. 9): instances ask the queries of the block's input, which have read the whole bag. O(R M).
-
-    In the first block these are the learned queries alone, the same for every bag: correlation starts at the second
-    block with cross-attention.
-    """
-
-    def __init__(self, config: MivpgQFormerConfig):
-        super().__init__(config, key_size=config.hidden_size)
-
-    def forward(
-        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
-    ) -> Tensor:
-        """Instances (B, M, D), queries (B, R, H) -> instances (B, M, D)."""
-        key, value = self.key(queries), self.value(queries)
-        if not folded_attention.pays(instances, queries.shape[1], self.query, self.num_attention_heads):
-            return instances + self.output(self.attend(self.query(instances), key, value))
-        return folded_attention.instances_ask(
-            instances,
-            self.heads(key),
-            self.heads(value),
-            self.query,
-            self.output,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )
-
-
-class ConstantCorrelatedSelfAttention(CorrelatedSelfAttention):
-    """The control for CSA: its parameters, but keys and values are the learned queries in every block."""
-
-    def forward(
-        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
-    ) -> Tensor:
-        """As CSA, from `learned_queries` (B, R, H): nothing flows between instances."""
-        return super().forward(instances, instance_mask, learned_queries, learned_queries)
-
-
-class FullSelfAttention(InstanceCorrelation):
-    """The "SA" of Table 3: every instance asks every other. O(M^2)."""
-
-    def __init__(self, config: MivpgQFormerConfig):
-        super().__init__(config, key_size=config.encoder_hidden_size)
-
-    def forward(
-        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
-    ) -> Tensor:
-        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
-        mask = self.bag_mask(instances, instances, instance_mask)
-        states = self.attend(self.query(instances), self.key(instances), self.value(instances), mask)
-        return instances + self.output(states)
-
-
-class InducedSelfAttention(InstanceCorrelation):
-    """Low-rank self-attention through learned points (Eq. 7 and 8; Set Transformer's ISAB). O(M' M)."""
-
-    def __init__(self, config: MivpgQFormerConfig):
-        super().__init__(config, key_size=config.hidden_size)
-        self.inducing_points = nn.Parameter(torch.empty(1, config.num_inducing_points, config.hidden_size))  # L
-        self.induce = nn.ModuleDict(
-            {
-                "query": nn.Linear(config.hidden_size, config.hidden_size),
-                "key": nn.Linear(config.encoder_hidden_size, config.hidden_size),
-                "value": nn.Linear(config.encoder_hidden_size, config.hidden_size),
-            }
-        )
-
-    def forward(
-        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
-    ) -> Tensor:
-        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
-        points = self.inducing_points.expand(len(instances), -1, -1).to(instances.dtype)  # (B, M', H)
-        induced = self.attend(  # Eq. 7
-            self.induce["query"](points),
-            self.induce["key"](instances),
-            self.induce["value"](instances),
-            self.bag_mask(points, instances, instance_mask),
-        )
-        states = self.attend(self.query(instances), self.key(induced), self.value(induced))  # Eq. 8
-        return instances + self.output(states)
-
-
-class NystromSelfAttention(InstanceCorrelation):
-    """Self-attention by the Nyström approximation (Xiong et al. 2021), with TransMIL's convolution over V.
-
-    Landmarks are the means of consecutive instances, so the result depends on the bag's order and length: bags are
-    run one by one, never padded. Where the bag does not divide evenly, the first segment is the shorter one; TransMIL
-    counts the zeros of its padding there, which we do not.
-    """
-
-    def __init__(self, config: MivpgQFormerConfig):
-        super().__init__(config, key_size=config.encoder_hidden_size)
-        heads = config.num_attention_heads
-        self.residual_convolution = nn.Conv2d(heads, heads, (33, 1), padding=(16, 0), groups=heads, bias=False)
-
-    def forward(
-        self, instances: Tensor, instance_mask: Tensor | None, queries: Tensor, learned_queries: Tensor
-    ) -> Tensor:
-        """Instances (B, M, D) -> (B, M, D); the queries are not read."""
-        lengths = [instances.shape[1]] * len(instances)
-        if instance_mask is not None:
-            lengths = instance_mask.sum(dim=1).tolist()
-        correlated = []
-        for bag, length in zip(instances, lengths, strict=True):
-            real, padding = bag[None, :length], bag[length:]
-            correlated.append(torch.cat([(real + self.output(self.correlate(real)))[0], padding]))
-        return torch.stack(correlated)
-
-    def landmarks(self, states: Tensor) -> Tensor:
-        """Means of the segments of (1, A, M, H/A): (1, A, m, H/A)."""
-        length = states.shape[2]
-        segment = math.ceil(length / self.config.num_landmarks)
-        num_segments = math.ceil(length / segment)
-        shortfall = num_segments * segment - length
-        counts = states.new_full((num_segments, 1), segment)
-        counts[0] -= shortfall
-        return F.pad(states, (0, 0, shortfall, 0)).unflatten(2, (num_segments, segment)).sum(dim=3) / counts
-
-    def correlate(self, bag: Tensor) -> Tensor:
-        """One bag (1, M, D) -> (1, M, H): softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V + conv(V)."""
-        query = self.heads(self.query(bag)) * self.scaling  # (1, A, M, H/A)
-        key, value = self.heads(self.key(bag)), self.heads(self.value(bag))
-        query_landmarks, key_landmarks = self.landmarks(query), self.landmarks(key)  # (1, A, m, H/A)
-        to_landmarks = (query @ key_landmarks.mT).softmax(dim=-1)  # (1, A, M, m)
-        among_landmarks = (query_landmarks @ key_landmarks.mT).softmax(dim=-1)  # (1, A, m, m)
-        from_landmarks = (query_landmarks @ key.mT).softmax(dim=-1)  # (1, A, m, M)
-        states = to_landmarks @ self.pseudo_inverse(among_landmarks) @ (from_landmarks @ value)
-        states = states + self.residual_convolution(value)
-        return states.transpose(1, 2).flatten(2)
-
-    def pseudo_inverse(self, kernel: Tensor) -> Tensor:
-        """Moore-Penrose inverse of (1, A, m, m) by the iteration of Razavi et al. (2014), which Nyströmformer takes."""
-        identity = torch.eye(kernel.shape[-1], dtype=kernel.dtype, device=kernel.device)
-        largest_row = kernel.abs().sum(dim=-1).amax(dim=-1)[..., None, None]
-        largest_column = kernel.abs().sum(dim=-2).amax(dim=-1)[..., None, None]
-        inverse = kernel.mT / (largest_row * largest_column)
-        for _ in range(self.config.pinv_iterations):
-            product = kernel @ inverse
-            inverse = 0.25 * inverse @ (13 * identity - product @ (15 * identity - product @ (7 * identity - product)))
-        return inverse
-
-
-INSTANCE_CORRELATIONS: dict[str, type[nn.Module]] = {
-    "csa": CorrelatedSelfAttention,
-    "csa_constant": ConstantCorrelatedSelfAttention,
-    "self_attention": FullSelfAttention,
-    "induced": InducedSelfAttention,
-    "nystrom": NystromSelfAttention,
-}
-
 
 # ── The Q-Former that correlates instances (Figure 2a, appendix A) ──────────────────────────────────────────────────
 
@@ -547,20 +205,6 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
 
 
 # ── From images to visual prompts (sections 3.3 and 3.4) ────────────────────────────────────────────────────────────
-
-
-@dataclass
-class VisualPrompts:
-    """What every aggregator returns: a bag as a few vectors that a language model, or a classifier, reads."""
-
-    embeds: Tensor
-    """(B, T, H); T is R for MIVPG."""
-    mask: Tensor
-    """(B, T), 1 = real."""
-    weights: Tensor | None = None
-    """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
-    loss: Tensor | None = None
-    """A loss of the aggregator's own, for those that have one."""
 
 
 class MivpgVisualPromptModel(MivpgPreTrainedModel):
@@ -1002,38 +646,6 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
 
 
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def scatter_real(values: Tensor, image_mask: Tensor) -> Tensor:
-    """Puts what was computed for real images (n, …) back into bags (B, N, …) whose padding is zero."""
-    bags = values.new_zeros(*image_mask.shape, *values.shape[1:])
-    return bags.masked_scatter(image_mask.bool().reshape(*image_mask.shape, *[1] * (values.ndim - 1)), values)
-
-
-def lattice_cells(coords: Tensor) -> Tensor:
-    """Row and column (n, 2) of places (n, 2) = x, y on a lattice whose step is the smallest gap on each axis.
-
-    Raises:
-        MivpgError: The places are no lattice, two are the same, or one is no number.
-    """
-    if not coords.isfinite().all():
-        raise MivpgError("image_coords hold NaN or infinity; PPEG needs a place for each image.")
-    cells = []
-    for axis in (1, 0):  # rows are y, columns are x
-        values = coords[:, axis].double()
-        gaps = values.unique().diff()
-        pitch = gaps.min() if len(gaps) else values.new_ones(())
-        steps = (values - values.min()) / pitch
-        if (steps - steps.round()).abs().max() > 0.1:
-            raise MivpgError(
-                f"image_coords are no regular lattice on the {'xy'[axis]} axis: their smallest gap is {pitch:g}, "
-                "and not all others are multiples of it. PPEG needs the rows and columns that tiles were cut in."
-            )
-        cells.append(steps.round().long())
-    rows_and_columns = torch.stack(cells, dim=1)
-    if len(rows_and_columns.unique(dim=0)) < len(coords):
-        raise MivpgError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
-    return rows_and_columns
 
 
 def is_frozen(module: nn.Module) -> bool:
