@@ -586,7 +586,7 @@ class TestInputs:
     """What does not fit together is refused with both numbers."""
 
     def test_number_of_image_marks(self, model):
-        with pytest.raises(ValueError, match=r"\[4\] image marks, the model makes 5 visual prompts"):
+        with pytest.raises(ValueError, match=r"\[4\] image marks, the model makes \[5\] visual prompts"):
             model(image_embeds=torch.randn(1, 2, 17, 24), input_ids=torch.full((1, 4), model.config.image_token_index))
 
     def test_width(self, model):

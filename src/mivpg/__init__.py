@@ -11,11 +11,13 @@ __version__ = "0.1.0.dev0"
 
 _MODULES = {
     "configuration_mivpg": ("MivpgConfig", "MivpgQFormerConfig"),
-    "modeling_mivpg": ("MivpgForConditionalGeneration", "MivpgQFormerModel", "VisualPrompts"),
+    "modeling_mivpg": ("MivpgForBagClassification", "MivpgForConditionalGeneration", "MivpgQFormerModel"),
+    "aggregators.base": ("BagScores", "VisualPrompts"),
     "processing_mivpg": ("MivpgProcessor",),
     "bags": ("Bag", "BagCollator", "BagDataset", "BagSampler", "Sample"),
     "features": ("extract_features",),
     "training": ("TrainConfig", "train"),
+    "classification": ("ClassifierConfig", "cross_validate"),
     "captioning": ("caption_bags", "caption_file"),
     "evaluation": ("evaluate_captions", "score_captions"),
     "visualization": ("image_weights",),

@@ -161,7 +161,8 @@ class CheckpointMixin(PreTrainedModel):
         for name, child in model.named_children():
             if name not in FROZEN_PARTS:
                 child.to(device)
-        model.query_tokens.data = model.query_tokens.data.to(device)
+        if model.query_tokens is not None:
+            model.query_tokens.data = model.query_tokens.data.to(device)
         model.generation_config = language_model.generation_config
         names = (name for name in model.stored_tensors() if name.split(".")[0] not in FROZEN_PARTS)
         model._names_outside_base = model._names_drawn = frozenset(names)

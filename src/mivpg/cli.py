@@ -368,6 +368,37 @@ def run_evaluation(
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")
 
 
+classify_app = App(name="classify", help="Classify bags with one label each, in a cross-validation.", help_flags=[])
+app.command(classify_app)
+
+
+@classify_app.default
+def classify(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
+    """Classify bags with one label each, in a cross-validation.
+
+    mivpg classify [CONFIG.yaml] --bags SET.npz --out DIR [--FIELD VALUE …]; a field given here goes before the file's.
+    """
+    from mivpg.classification import ClassifierConfig, cross_validate, load_labelled_bags
+
+    def start(
+        config: Annotated[ClassifierConfig | None, Parameter(name="*")] = None, *, bags: Path, out: Path
+    ) -> None:
+        """Classify bags with one label each, in a cross-validation; a model is kept for each fold.
+
+        Args:
+            bags: An .npz of a whole set (arrays x, bag, y, and fold where the folds are given), or a bag file with a
+                label and a features file a bag.
+            out: A new or empty folder, or that of an interrupted run, which then goes on.
+        """
+        quiet_transformers()
+        results = cross_validate(load_labelled_bags(bags), config or ClassifierConfig(), out)
+        for name, mean in results["mean"].items():
+            print(f"{name:<14}{mean:.3f} ± {results['standard_deviation'][name]:.3f}")
+        print(out / "metrics.json")
+
+    parse("mivpg classify [CONFIG.yaml] --bags SET.npz --out DIR", start, arguments)
+
+
 miniature_app = App(name="miniature", help="Generate a stand-in for one of the paper's data sets, in its own files.")
 app.command(miniature_app)
 
@@ -430,6 +461,36 @@ def miniature_base(*, out: Path, seed: int = 0) -> None:
 
     quiet_transformers()
     print(make_base(out, Recipe(seed=seed)))
+
+
+@app.command
+def reproduce(
+    *experiments: str,
+    out: Path,
+    scale: Literal["miniature", "paper"] = "miniature",
+    seeds: int = 3,
+    data_root: Path | None = None,
+) -> None:
+    """Run the paper's tables and figures, or all of them; an interrupted run goes on when it is started again.
+
+    Args:
+        experiments: table1, table2, table3, figure4, or all.
+        out: A new or empty folder, or that of an interrupted run.
+        scale: `miniature` draws its own data and takes about an hour for all; `paper` has the paper's models and data.
+        seeds: How many; each draws split and training order.
+        data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`.
+    """
+    from mivpg.experiments.reproduce import as_markdown
+    from mivpg.experiments.reproduce import reproduce as run
+
+    if not experiments:
+        raise MivpgError("name what to reproduce: table1, table2, table3, figure4, or all.")
+    if seeds < 1:
+        raise MivpgError(f"--seeds is {seeds}, expected at least 1.")
+    quiet_transformers()
+    for results in run(experiments, scale=scale, out=out, num_seeds=seeds, data_root=data_root).values():
+        print(as_markdown(results))
+    print(out / "report.html")
 
 
 @app.command

@@ -12,11 +12,43 @@ PatchPooling = Literal["none", "cls", "abmil", "gated_abmil", "mean", "max"]
 InstanceCorrelation = Literal["none", "csa", "csa_constant", "self_attention", "induced", "nystrom"]
 PositionEncoding = Literal["none", "ppeg"]
 
+AggregatorName = Literal[
+    "mivpg",
+    "qformer_per_image",
+    "linear_projection",
+    "pooled_projection",
+    "perceiver",
+    "mean",
+    "max",
+    "mi_net",
+    "abmil",
+    "deep_sets",
+    "set_transformer",
+    "transmil",
+    "mi_net_instances",
+    "ds_mil",
+    "dtfd_mil",
+]
+"""What turns a bag into visual prompts: MIVPG, or one of `mivpg.aggregators`, which it is compared with. The last three
+are defined by class scores, so they classify bags and make no prompts."""
+
+Q_FORMERS = ("mivpg", "qformer_per_image")
+PROMPTS_PER_IMAGE = ("qformer_per_image", "linear_projection", "pooled_projection")
+
 IMAGE_TOKEN = "<image>"
 """The mark that stands in a text for one visual prompt, as in BLIP-2."""
 
-DEFAULT_TRAINABLE = ("qformer", "query_tokens", "language_projection", "patch_pooling", "instance_projection")
-"""What the paper trains ("we only update the MIVPG", section 4.1), with the two parts that BLIP-2 trains beside it."""
+DEFAULT_TRAINABLE = (
+    "qformer",
+    "query_tokens",
+    "language_projection",
+    "patch_pooling",
+    "instance_projection",
+    "aggregator",
+    "classifier",
+)
+"""What the paper trains ("we only update the MIVPG", section 4.1), with the two parts that BLIP-2 trains beside it, or
+what stands in MIVPG's place."""
 
 
 @strict
@@ -77,9 +109,9 @@ class MivpgConfig(PreTrainedConfig):
     qformer_config (`dict` or `MivpgQFormerConfig`, *optional*):
         The MIVPG itself.
     text_config (`dict` or `PreTrainedConfig`, *optional*):
-        Any causal or encoder-decoder language model of transformers.
+        Any causal or encoder-decoder language model of transformers; `None` where bags are classified.
     num_query_tokens (`int`, *optional*, defaults to 32):
-        R, the number of visual prompts a bag.
+        R, the number of visual prompts a bag; an image, for aggregators that give prompts to each image.
     image_token_index (`int`, *optional*):
         Id of the image mark. It may lie outside the language model's vocabulary, which is never resized.
     image_embeds_size (`int`, *optional*):
@@ -90,6 +122,12 @@ class MivpgConfig(PreTrainedConfig):
     patch_pooling (`str`, *optional*, defaults to `"none"`):
         How the P tokens of an image become one instance: `abmil` (Eq. 4), `gated_abmil`, `cls`, `mean` or `max`;
         with `none` every token is an instance.
+    aggregator (`str`, *optional*, defaults to `"mivpg"`):
+        What turns a bag into visual prompts. `mivpg` is the Q-Former with all options above, so also the Q-Former on
+        concatenated patches; `qformer_per_image` runs it on each image alone and concatenates what it says;
+        the others are `mivpg.aggregators`, whose prompts have the language model's width.
+    aggregator_options (`dict`, *optional*):
+        Arguments of the aggregator's class, for those in `mivpg.aggregators`.
     trainable (`list[str]`, *optional*):
         Names of the modules and parameters that train. Everything else is frozen and stays in eval mode; a checkpoint
         holds what this list names.
@@ -103,7 +141,7 @@ class MivpgConfig(PreTrainedConfig):
     model_type = "mivpg"
     attribute_map = {"image_token_id": "image_token_index"}  # noqa: RUF012, transformers' own attribute
     sub_configs_defaults = {  # noqa: RUF012
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt", optional=True),
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model", optional=True),
         "qformer_config": SubConfigSpec(config_class=MivpgQFormerConfig),
     }
@@ -116,6 +154,8 @@ class MivpgConfig(PreTrainedConfig):
     image_embeds_size: Any = None  # int after initialisation
     num_prefix_tokens: int = 1
     patch_pooling: PatchPooling = "none"
+    aggregator: AggregatorName = "mivpg"
+    aggregator_options: dict[str, Any] | None = None
     trainable: list[str] | tuple[str, ...] = DEFAULT_TRAINABLE
     caption_end_token_id: int | None = None
     base: dict[str, Any] | None = None
@@ -123,7 +163,7 @@ class MivpgConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.is_encoder_decoder = self.text_config.is_encoder_decoder
+        self.is_encoder_decoder = self.text_config is not None and self.text_config.is_encoder_decoder
         self.trainable = list(self.trainable)
         if self.num_query_tokens < 1:
             raise MivpgError(f"num_query_tokens is {self.num_query_tokens}, expected at least 1.")
@@ -136,6 +176,8 @@ class MivpgConfig(PreTrainedConfig):
                 )
         if self.qformer_config.encoder_hidden_size is None:
             self.qformer_config.encoder_hidden_size = self.image_embeds_size
+        if self.aggregator_options and self.aggregator in Q_FORMERS:
+            raise MivpgError(f"aggregator_options are for mivpg.aggregators; {self.aggregator} has qformer_config.")
         if self.patch_pooling == "cls" and self.num_prefix_tokens == 0:
             raise MivpgError(
                 "patch_pooling='cls' takes an image's first token, but num_prefix_tokens is 0: "
@@ -143,10 +185,22 @@ class MivpgConfig(PreTrainedConfig):
             )
 
     @property
+    def num_logits(self) -> int:
+        """C of a classifier of bags: one for two classes."""
+        return 1 if self.num_labels <= 2 else self.num_labels
+
+    @property
+    def prompts_per_image(self) -> bool:
+        """Whether the number of visual prompts grows with the number of images."""
+        return self.aggregator in PROMPTS_PER_IMAGE
+
+    @property
     def end_token_id(self) -> int | None:
         """The token that ends a caption."""
         if self.caption_end_token_id is not None:
             return self.caption_end_token_id
+        if self.text_config is None:
+            return None
         end = self.text_config.eos_token_id
         return end[0] if isinstance(end, list) else end
 

@@ -16,11 +16,7 @@ import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,15 +25,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
-from tqdm import tqdm
 
 from mivpg.bags import BagCollator, BagDataset, Sample, one_pair_a_reference, select
-from mivpg.captioning import GenerationOptions, caption_file, read_captions
+from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.bag_file import BagFileConfig, write_bag_file
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
+from mivpg.experiments.runner import Run, run_all
 from mivpg.feature_files import read_features
 from mivpg.features import extract_features
 from mivpg.files import write_whole
@@ -56,7 +52,7 @@ from mivpg.miniature.traits import (
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 from mivpg.report import BagExample, BarChart, Examples, Table, Text, draw_example, write_report
-from mivpg.training import BEST, LOG_FILE, ModelConfig, TrainConfig, train
+from mivpg.training import BEST, ModelConfig, TrainConfig
 from mivpg.visualization import image_weights
 
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
@@ -137,7 +133,9 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
         bags = _bag_files(out, samples, truth)
 
     with _timed(seconds, "arms", f"Fine-tuning and captioning, {len(ARMS)} arms"):
-        _run_arms(out, config, num_pairs=len(one_pair_a_reference(select(bags["all"], "train"))))
+        num_pairs = len(one_pair_a_reference(select(bags["all"], "train")))
+        for name, reason in run_all([arm_run(out, config, arm, num_pairs) for arm in ARMS]).items():
+            raise MivpgError(f"{out / 'logs' / name}.txt: {reason}")
 
     with _timed(seconds, "scores", "Scoring"):
         test = select(bags["all"], "test")
@@ -219,11 +217,12 @@ def _recombine(folder: Path, sample: Sample, other: Sample | None) -> Sample:
 # ── Arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
+def arm_run(out: Path, config: DemoConfig, arm: Arm, num_pairs: int) -> Run:
     """The run of an arm; between two arms only `model` and the photos differ."""
-    return TrainConfig(
-        model=ModelConfig(base=str(BASE_MODEL), **arm.model),
-        dataset=DatasetConfig(bag_file=BagFileConfig(path=out / f"{arm.photos}.jsonl")),
+    model = ModelConfig(base=str(BASE_MODEL), **arm.model)
+    training = TrainConfig(
+        model=model,
+        dataset=_bag_file(out, arm.photos),
         output_dir=out / "arms" / arm.name,
         prompt=PROMPT,
         num_train_epochs=config.num_train_epochs,
@@ -233,92 +232,28 @@ def arm_config(out: Path, config: DemoConfig, arm: Arm) -> TrainConfig:
         validation=GENERATION,
         num_workers=0,
     )
+    return Run(
+        name=arm.name,
+        log=out / "logs" / f"{arm.name}.txt",
+        model=model,
+        training=training if arm.trains else None,
+        captions={file: _bag_file(out, photos) for photos, file in _caption_files(out, arm).items()},
+        generation=GENERATION,
+        prompt=PROMPT,
+        num_steps=config.num_train_epochs * math.ceil(num_pairs / config.batch_size) if arm.trains else 0,
+        # All patches of all photos, pooled ones, one photo.
+        cost=arm.trains * (1 + 2 * (arm.photos == "all") + (arm.model["patch_pooling"] == "none")),
+    )
 
 
-def _run_arms(out: Path, config: DemoConfig, num_pairs: int) -> None:
-    """Each arm in a process of its own with one thread, as many at once as there are cores; a bar counts their steps.
-
-    Raises:
-        MivpgError: An arm failed; its log says more.
-    """
-    (out / "captions").mkdir(exist_ok=True)
-    (out / "logs").mkdir(exist_ok=True)
-    waiting = [arm for arm in ARMS if not _is_done(out, arm)]
-    # The longest first, so that none is left to run alone: all patches of all photos, pooled ones, one photo.
-    waiting.sort(key=lambda arm: (not arm.trains, arm.photos == "main", arm.model["patch_pooling"] != "none"))
-    context = multiprocessing.get_context("spawn")
-    running: dict[str, Any] = {}
-    steps = config.num_train_epochs * math.ceil(num_pairs / config.batch_size)
-    progress = tqdm(total=steps * sum(arm.trains for arm in ARMS), unit="step", disable=None)
-    try:
-        while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
-                arm = waiting.pop(0)
-                process = context.Process(target=_run_arm, args=(out, config, arm), daemon=True)
-                # Ctrl-C is the parent's, which ends its children: they inherit that they do not hear it.
-                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-                process.start()
-                signal.signal(signal.SIGINT, heard)
-                running[arm.name] = process
-            progress.update(sum(_num_steps(out, arm) for arm in ARMS) - progress.n)
-            for name, process in list(running.items()):
-                process.join(timeout=0.2)
-                if process.exitcode is None:
-                    continue
-                del running[name]
-                log = (out / "logs" / f"{name}.txt").read_text(encoding="utf-8").strip().splitlines()
-                if process.exitcode != 0:
-                    reason = log[-1] if log else f"exit code {process.exitcode}"
-                    raise MivpgError(f"{out / 'logs' / name}.txt: {reason}")
-                tqdm.write(f"  {name} is done")
-    finally:
-        progress.close()
-        for process in running.values():
-            process.kill()
-            process.join()
-
-
-def _num_steps(out: Path, arm: Arm) -> int:
-    """Steps that an arm has logged."""
-    log = out / "arms" / arm.name / LOG_FILE
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+def _bag_file(out: Path, photos: str) -> DatasetConfig:
+    return DatasetConfig(bag_file=BagFileConfig(path=out / f"{photos}.jsonl"))
 
 
 def _caption_files(out: Path, arm: Arm) -> dict[str, Path]:
     """What an arm captions, each a bag file by name, and where the captions go; MIVPG has the swapped bags, too."""
     files: dict[str, Path] = {arm.photos: out / "captions" / f"{arm.name}.jsonl"}
     return files | ({"swapped": out / "captions" / f"{arm.name}_swapped.jsonl"} if arm.name == "mivpg" else {})
-
-
-def _is_done(out: Path, arm: Arm) -> bool:
-    return all(file.exists() for file in _caption_files(out, arm).values())
-
-
-def _run_arm(out: Path, config: DemoConfig, arm: Arm) -> None:
-    """What happens in an arm's process: training, then captions of the test products."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    with (out / "logs" / f"{arm.name}.txt").open("a", encoding="utf-8") as log:
-        sys.stdout = sys.stderr = log
-        try:
-            folder: Path | str = BASE_MODEL
-            options = dict(arm.model)
-            if arm.trains:
-                folder, options = train(arm_config(out, config, arm), resume=True), {}
-            model = MivpgForConditionalGeneration.from_pretrained(folder, **options)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            processor = MivpgProcessor.from_pretrained(folder)
-            for photos, file in _caption_files(out, arm).items():
-                if not file.exists():
-                    samples = select(BagFileConfig(path=out / f"{photos}.jsonl").load(), "test")
-                    caption_file(model, processor, samples, file, generation=GENERATION, prompt=PROMPT, batch_size=50)
-        except Exception as error:
-            print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
-            raise SystemExit(1) from error
 
 
 # ── Scores ──────────────────────────────────────────────────────────────────────────────────────────────────────────

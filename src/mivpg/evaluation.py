@@ -57,12 +57,19 @@ class CaptionScorer:
     Args:
         references: Bag id to captions, at least one a bag.
         metrics: Some of `METRICS`.
+        meteor: One that runs already and goes on running, where several sets of references are scored.
 
     Raises:
         MivpgError: There is no bag, a bag has no reference or one without words, a metric is unknown, or Java fails.
     """
 
-    def __init__(self, references: Mapping[str, Sequence[str]], metrics: Sequence[str] = METRICS) -> None:
+    def __init__(
+        self,
+        references: Mapping[str, Sequence[str]],
+        metrics: Sequence[str] = METRICS,
+        *,
+        meteor: "Meteor | None" = None,
+    ) -> None:
         for metric in metrics:
             if metric not in METRICS:
                 raise MivpgError(f"metric {metric!r} is unknown, expected some of {', '.join(METRICS)}.")
@@ -78,7 +85,10 @@ class CaptionScorer:
                 if not words[caption]:
                     raise MivpgError(f"bag {bag_id!r}: reference {caption!r} has no words; correct or remove it.")
         self.references = {bag_id: [words[caption] for caption in captions] for bag_id, captions in references.items()}
-        self.meteor = _Meteor(self.java) if "METEOR" in self.metrics else None
+        self.is_meteor_ours = meteor is None
+        self.meteor = meteor
+        if meteor is None and "METEOR" in self.metrics:
+            self.meteor = Meteor(self.java)
 
     def score(self, predictions: Mapping[str, str]) -> dict[str, float]:
         """Metric to value, in the order asked for.
@@ -103,7 +113,7 @@ class CaptionScorer:
         if not set(BLEU_METRICS).isdisjoint(self.metrics):
             bleu, _ = Bleu(len(BLEU_METRICS)).compute_score(self.references, hypotheses, verbose=0)
             scores.update(zip(BLEU_METRICS, bleu, strict=True))
-        if self.meteor is not None:
+        if "METEOR" in self.metrics and self.meteor is not None:
             scores["METEOR"] = self.meteor.mean(self.references, hypotheses)
         if "ROUGE_L" in self.metrics:
             scores["ROUGE_L"], _ = Rouge().compute_score(self.references, hypotheses)
@@ -126,7 +136,7 @@ class CaptionScorer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.meteor is not None:
+        if self.meteor is not None and self.is_meteor_ours:
             self.meteor.end()
 
 
@@ -164,8 +174,8 @@ def tokenize(java: Path, captions: Iterable[str]) -> dict[str, str]:
     }
 
 
-class _Meteor(meteor.Meteor):
-    """METEOR of pycocoevalcap in the Java that we found, ended when we say so.
+class Meteor(meteor.Meteor):
+    """METEOR of pycocoevalcap in the Java that we found, ended when we say so; it takes ten seconds to start.
 
     The parent's `__init__` runs whatever `java` is on the PATH, in the user's locale. Its `__del__` waits for a lock
     that a failed `compute_score` never gives back.
@@ -234,6 +244,33 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, f
     generator = np.random.default_rng(seed)
     interval = bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=generator).confidence_interval
     return {"mean": float(np.mean(values)), "low": float(interval.low), "high": float(interval.high)}
+
+
+def bootstrap_interval_over_seeds(values: Sequence[Sequence[float]], *, seed: int = 0) -> dict[str, float]:
+    """The mean of a value a bag over several seeds, and its 95 % interval: seeds are resampled, and bags within each.
+
+    Args:
+        values: Of each seed, a value a bag.
+        seed: Of the resampling.
+
+    Returns:
+        `mean` (over seeds of the mean over bags), `low` and `high`.
+    """
+    generator = np.random.default_rng(seed)
+    num_resamples, num_seeds = 2000, len(values)
+    pools = []  # of each seed, as many means of resampled bags as could be asked for
+    for of_seed in values:
+        array = np.asarray(of_seed, dtype=float)
+        rows = generator.integers(len(array), size=(num_resamples * num_seeds, len(array)))
+        pools.append(array[rows].mean(axis=1))
+    chosen = generator.integers(num_seeds, size=num_resamples * num_seeds)
+    means = np.stack(pools)[chosen, np.arange(len(chosen))].reshape(num_resamples, num_seeds).mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {
+        "mean": float(np.mean([np.mean(of_seed) for of_seed in values])),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
 def caption_floors(train: Sequence["Sample"], test: Sequence["Sample"], *, seed: int = 0) -> dict[str, dict[str, str]]:

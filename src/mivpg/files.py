@@ -56,3 +56,9 @@ def check_columns(path: Path, rows: csv.DictReader, expected: tuple[str, ...]) -
     found = rows.fieldnames or []
     if not set(expected) <= set(found):
         raise MivpgError(f"{path} has the columns {', '.join(found) or '(none)'}, expected {' and '.join(expected)}.")
+
+
+def last_json_line(path: Path) -> Any:
+    """The last whole line of a file of JSON lines; None where there is none, or no file."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1]) if lines else None

@@ -36,6 +36,8 @@ CONFIG_FIELDS = (
     "num_query_tokens",
     "image_token_index",
     "patch_pooling",
+    "aggregator",
+    "aggregator_options",
     "trainable",
     "caption_end_token_id",
     "initializer_range",

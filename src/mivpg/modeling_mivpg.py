@@ -36,9 +36,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mivpg import folded_attention
-from mivpg.aggregators.base import VisualPrompts
+from mivpg.aggregators.base import Aggregator, BagScores, ScoringAggregator, VisualPrompts
+from mivpg.aggregators.named import make_aggregator
+from mivpg.aggregators.scoring import classification_loss
 from mivpg.checkpoints import CheckpointMixin, is_named
-from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, MivpgConfig, MivpgQFormerConfig
+from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, Q_FORMERS, MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
 from mivpg.layers import (
     INSTANCE_CORRELATIONS,
@@ -139,10 +141,14 @@ class MivpgPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
             return
+        if getattr(module, "is_of_aggregator", False):  # each starts as its authors have it, which is PyTorch's way
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            return
         super()._init_weights(module)
         if isinstance(module, InducedSelfAttention):
             init.normal_(module.inducing_points, std=self.config.initializer_range)
-        elif isinstance(module, MivpgVisualPromptModel):
+        elif isinstance(module, MivpgVisualPromptModel) and module.query_tokens is not None:
             init.normal_(module.query_tokens, std=self.config.initializer_range)
 
 
@@ -208,7 +214,7 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
 
 
 class MivpgVisualPromptModel(MivpgPreTrainedModel):
-    """A vision model, if any, and the MIVPG; what reads the visual prompts is the subclass's.
+    """A vision model, if any, and the MIVPG or another aggregator; what reads the visual prompts is the subclass's.
 
     Only what `config.trainable` names trains. The rest is frozen and stays in eval mode, its dropout off, also while
     the model trains.
@@ -216,9 +222,12 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
     Args:
         config: Sizes and options.
         vision_model: One that exists already; by default it is made from `config.vision_config`, if any.
+        prompt_size: What the prompts of an aggregator in MIVPG's place are wide; by default it decides.
     """
 
-    def __init__(self, config: MivpgConfig, vision_model: PreTrainedModel | None = None):
+    def __init__(
+        self, config: MivpgConfig, vision_model: PreTrainedModel | None = None, prompt_size: int | None = None
+    ):
         super().__init__(config)
         qformer_config = config.qformer_config
         if vision_model is None and config.vision_config is not None:
@@ -227,7 +236,15 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         self.patch_pooling: AttentionPooling | None = None
         if config.patch_pooling in ("abmil", "gated_abmil"):
             self.patch_pooling = AttentionPooling(config.image_embeds_size, gated=config.patch_pooling == "gated_abmil")
-        self.instance_projection = None
+        self.aggregator: Aggregator | ScoringAggregator | None = None
+        self.qformer: MivpgQFormerModel | None = None
+        self.query_tokens: nn.Parameter | None = None
+        self.instance_projection: nn.Module | None = None
+        if config.aggregator not in Q_FORMERS:
+            self.aggregator = make_aggregator(config, prompt_size)
+            for module in self.aggregator.modules():
+                module.is_of_aggregator = True
+            return
         if config.image_embeds_size != qformer_config.encoder_hidden_size:
             self.instance_projection = nn.Sequential(
                 nn.LayerNorm(config.image_embeds_size),
@@ -235,6 +252,14 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             )
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, qformer_config.hidden_size))
         self.qformer = MivpgQFormerModel._from_config(qformer_config)
+
+    @property
+    def prompt_dtype(self) -> torch.dtype:
+        """What visual prompts are computed in."""
+        if self.query_tokens is not None:
+            return self.query_tokens.dtype
+        assert self.aggregator is not None
+        return next((parameter.dtype for parameter in self.aggregator.parameters()), torch.float32)
 
     def get_image_embeds(
         self, pixel_values: Tensor, image_mask: Tensor | None = None, interpolate_pos_encoding: bool = False
@@ -288,7 +313,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 raise MivpgError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
             if not image_mask.bool().any(dim=1).all():
                 raise MivpgError("A bag without a real image: a row of image_mask is zero throughout.")
-        instances = image_embeds.to(self.query_tokens.dtype)
+        instances = image_embeds.to(self.prompt_dtype)
         pooling = self.config.patch_pooling
         if pooling == "none":
             if image_mask is None:
@@ -311,6 +336,10 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         if image_mask is None:
             return pooled.unflatten(0, image_embeds.shape[:2]), None
         return scatter_real(pooled, image_mask), image_mask
+
+    def get_pooled_images(self, image_embeds: Tensor, image_mask: Tensor | None) -> Tensor:
+        """The instances of each bag, image by image: (B, N, 1, D) where patches are pooled, else (B, N, P, D)."""
+        return self.get_instances(image_embeds, image_mask)[0].unflatten(1, (image_embeds.shape[1], -1))
 
     def project_instances(self, instances: Tensor) -> Tensor:
         """To the width that the Q-Former's cross-attention was made for, where it is another."""
@@ -354,7 +383,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         image_coords: Tensor | None = None,
         **kwargs,
     ) -> VisualPrompts:
-        """A bag as R vectors of the Q-Former's width.
+        """A bag as R vectors of the Q-Former's width, or what another aggregator makes of it.
 
         Args:
             image_embeds: (B, N, P, D).
@@ -362,12 +391,31 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             image_coords: (B, N, 2) where positions are known; read by PPEG alone.
 
         Returns:
-            `embeds` (B, R, H).
+            `embeds` (B, R, H); of an aggregator that gives prompts to each image (B, N R, H), with a mask.
         """
         if image_mask is not None:
             image_mask = image_mask.long()
             if bool((image_mask[:, 1:] > image_mask[:, :-1]).any()):
                 raise MivpgError("Padding has to stand at the end of a bag: image_mask goes from 0 to 1 in a row.")
+        if self.aggregator is not None:
+            return self.aggregator(self.get_pooled_images(image_embeds, image_mask), image_mask, image_coords)
+        if self.config.aggregator == "qformer_per_image":
+            return self._prompts_per_image(image_embeds, image_mask, **kwargs)
+        return self._prompts_per_bag(image_embeds, image_mask, image_coords, **kwargs)
+
+    def _prompts_per_image(self, image_embeds: Tensor, image_mask: Tensor | None, **kwargs) -> VisualPrompts:
+        """Each image as a bag of its own; what the Q-Former says of each, one after the other (LAVIS issue 318)."""
+        if image_mask is None:
+            image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
+        embeds = self._prompts_per_bag(image_embeds[image_mask.bool()][:, None], None, None, **kwargs).embeds
+        mask = image_mask.repeat_interleave(embeds.shape[1], dim=1)
+        return VisualPrompts(embeds=scatter_real(embeds, image_mask).flatten(1, 2), mask=mask)
+
+    def _prompts_per_bag(
+        self, image_embeds: Tensor, image_mask: Tensor | None, image_coords: Tensor | None, **kwargs
+    ) -> VisualPrompts:
+        """MIVPG: (B, R, H)."""
+        assert self.qformer is not None and self.query_tokens is not None
         instances, instance_mask = self.get_instances(image_embeds, image_mask)
         grid = None
         if self.config.qformer_config.position_encoding == "ppeg":
@@ -449,11 +497,15 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         vision_model: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
     ):
-        super().__init__(config, vision_model)
+        if config.text_config is None:
+            raise MivpgError("config.text_config is None: a captioner needs a language model.")
         if language_model is None:
             language_model = language_model_class(config.text_config).from_config(config.text_config)
         width = language_model.get_input_embeddings().embedding_dim  # E, which for OPT-350m is not its hidden_size
-        self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
+        super().__init__(config, vision_model, prompt_size=width)
+        self.language_projection: nn.Module = nn.Identity()  # aggregators in MIVPG's place speak to the model directly
+        if self.aggregator is None:
+            self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.language_model = language_model
         self.post_init()
         self.freeze()
@@ -503,18 +555,21 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
             raise MivpgError("Pass either pixel_values or image_embeds.")
         if image_embeds is None:
             image_embeds = self.get_image_embeds(pixel_values, image_mask, interpolate_pos_encoding)
-        prompts = self.language_projection(self.get_visual_prompts(image_embeds, image_mask, image_coords).embeds)
+        found = self.get_visual_prompts(image_embeds, image_mask, image_coords)
+        prompts = self.language_projection(found.embeds)
         if self.config.image_token_index is None:
             raise MivpgError("config.image_token_index is None: set it to the processor's image_token_id.")
         is_mark = input_ids == self.config.image_token_index  # (B, T)
         num_marks = is_mark.sum(dim=1)
-        if (num_marks != prompts.shape[1]).any():
+        num_prompts = found.mask.sum(dim=1)
+        if (num_marks != num_prompts.to(num_marks.device)).any():
             raise MivpgError(
-                f"Texts have {num_marks.tolist()} image marks, the model makes {prompts.shape[1]} visual prompts a bag."
+                f"Texts have {num_marks.tolist()} image marks, the model makes {num_prompts.tolist()} visual prompts."
             )
         inputs_embeds = self.get_input_embeddings()(self.language_model_ids(input_ids))
         prompts = prompts.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(is_mark[..., None].to(inputs_embeds.device), prompts), prompts
+        real = prompts[found.mask.bool().to(prompts.device)]
+        return inputs_embeds.masked_scatter(is_mark[..., None].to(inputs_embeds.device), real), prompts
 
     @can_return_tuple
     def forward(
@@ -645,6 +700,120 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
                     module.forward = functools.partial(recompute, module.forward)
 
 
+# ── The classifier of bags: what most users of multiple instance learning do ────────────────────────────────────────
+
+
+@dataclass
+class BagClassificationOutput(ModelOutput):
+    """What `MivpgForBagClassification` returns.
+
+    Attributes:
+        loss: Mean over the bags, where `labels` were given.
+        logits: (B, C); of a binary problem (B, 1), the logit of class 1.
+        instance_scores: (B, M, C), logits of each instance, of an aggregator that is defined by them.
+        attention: (B, M), how much of the bag's vector each instance is, where the aggregator knows.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    instance_scores: Tensor | None = None
+    attention: Tensor | None = None
+
+
+class MivpgForBagClassification(MivpgVisualPromptModel):
+    """A linear classifier on the mean of a bag's visual prompts; or an aggregator that scores bags itself.
+
+    Two classes make one logit and binary cross-entropy, more make a softmax.
+
+    Args:
+        config: Sizes and options; `num_labels` classes, and no `text_config`.
+        vision_model: One that exists already; by default it is made from `config.vision_config`, if any.
+    """
+
+    def __init__(self, config: MivpgConfig, vision_model: PreTrainedModel | None = None):
+        super().__init__(config, vision_model)
+        self.classifier: nn.Linear | None = None
+        if not isinstance(self.aggregator, ScoringAggregator):
+            width = config.qformer_config.hidden_size if self.aggregator is None else self.aggregator.hidden_size
+            self.classifier = nn.Linear(width, config.num_logits)
+        self.post_init()
+        self.freeze()
+
+    @can_return_tuple
+    def forward(
+        self,
+        image_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        image_coords: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> BagClassificationOutput:
+        """Scores of bags.
+
+        Args:
+            image_embeds: (B, N, P, D), or
+            pixel_values: (B, N, 3, h, w).
+            image_mask: (B, N), 1 = real; padding stands at the end of a bag.
+            image_coords: (B, N, 2), x and y of each image where they are known.
+            labels: (B,), integers from 0 to C - 1.
+            **kwargs: For the Q-Former.
+
+        Raises:
+            MivpgError: Shapes that do not fit together; the message has both.
+        """
+        if (pixel_values is None) == (image_embeds is None):
+            raise MivpgError("Pass either pixel_values or image_embeds.")
+        if image_embeds is None:
+            image_embeds = self.get_image_embeds(pixel_values, image_mask)
+        if isinstance(self.aggregator, ScoringAggregator):
+            images = self.get_pooled_images(image_embeds, image_mask)
+            scores: BagScores = self.aggregator(images, image_mask, image_coords, labels)
+            return BagClassificationOutput(scores.loss, scores.logits, scores.instance_scores)
+        assert self.classifier is not None
+        found = self.get_visual_prompts(image_embeds, image_mask, image_coords, **kwargs)
+        mask = found.mask[..., None].to(found.embeds.dtype)  # (B, T, 1)
+        logits = self.classifier((found.embeds * mask).sum(dim=1) / mask.sum(dim=1))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels)
+            if found.loss is not None:
+                loss = loss + found.loss
+        attention = None if found.weights is None else found.weights.mean(dim=1)
+        return BagClassificationOutput(loss, logits, None, attention)
+
+    def score_instances(
+        self, image_embeds: Tensor, image_mask: Tensor | None = None, image_coords: Tensor | None = None
+    ) -> Tensor:
+        """Logits of each instance (B, M, C), zero for padding.
+
+        An aggregator defined by class scores has them; of every other it is what the model says of a bag that holds
+        this instance alone.
+
+        Args:
+            image_embeds: (B, N, P, D).
+            image_mask: (B, N), 1 = real.
+            image_coords: (B, N, 2).
+        """
+        if isinstance(self.aggregator, ScoringAggregator):
+            return self(image_embeds, image_mask=image_mask, image_coords=image_coords).instance_scores
+        if image_mask is None:
+            image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
+        num_tokens = 1 if self.config.patch_pooling != "none" else image_embeds.shape[2]
+        alone = image_embeds[image_mask.bool()]  # (n, P, D)
+        bags = alone[:, None] if num_tokens == 1 else alone.flatten(0, 1)[:, None, None]
+        logits = self(bags).logits.unflatten(0, (len(alone), num_tokens))
+        return scatter_real(logits, image_mask).flatten(1, 2)
+
+
+def class_probabilities(logits: Tensor) -> Tensor:
+    """(…, C) logits to (…, number of classes): of one logit, the probabilities of classes 0 and 1."""
+    if logits.shape[-1] > 1:
+        return logits.softmax(dim=-1)
+    positive = logits.sigmoid()
+    return torch.cat([1 - positive, positive], dim=-1)
+
+
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -676,6 +845,8 @@ AutoModel.register(MivpgQFormerConfig, MivpgQFormerModel)
 AutoModelForImageTextToText.register(MivpgConfig, MivpgForConditionalGeneration)
 
 __all__ = [
+    "BagClassificationOutput",
+    "MivpgForBagClassification",
     "MivpgForConditionalGeneration",
     "MivpgOutput",
     "MivpgPreTrainedModel",

@@ -24,11 +24,14 @@ class MivpgProcessor(ProcessorMixin):
     r"""
     One image processor and one tokenizer for bags.
 
-    The text of a bag holds `num_query_tokens` image marks, whatever the number of its images: where the text has one
-    `<image>` they stand there, else before everything, also before the tokenizer's begin-of-sequence (BLIP-2's way).
+    The text of a bag holds `num_query_tokens` image marks, whatever the number of its images, or as many for each image
+    where the model gives prompts to each: where the text has one `<image>` they stand there, else before everything,
+    also before the tokenizer's begin-of-sequence (BLIP-2's way).
 
     num_query_tokens (`int`, *optional*, defaults to 32):
         R, the number of visual prompts a bag; the model's.
+    prompts_per_image (`bool`, *optional*, defaults to `False`):
+        Whether these are the prompts of each image; the model's.
     caption_end_token_id (`int`, *optional*):
         The token that ends a caption; the model's `end_token_id`. By default the tokenizer's end-of-sequence.
     is_encoder_decoder (`bool`, *optional*, defaults to `False`):
@@ -46,6 +49,7 @@ class MivpgProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         num_query_tokens=32,
+        prompts_per_image=False,
         caption_end_token_id=None,
         is_encoder_decoder=False,
         max_caption_tokens=None,
@@ -54,6 +58,7 @@ class MivpgProcessor(ProcessorMixin):
     ):
         self.image_token_id = add_image_token(tokenizer)
         self.num_query_tokens = num_query_tokens
+        self.prompts_per_image = prompts_per_image
         self.caption_end_token_id = tokenizer.eos_token_id if caption_end_token_id is None else caption_end_token_id
         self.is_encoder_decoder = is_encoder_decoder
         self.max_caption_tokens = max_caption_tokens
@@ -212,7 +217,7 @@ class MivpgProcessor(ProcessorMixin):
         if len(prompts) != num_bags or (captions is not None and len(captions) != num_bags):
             given = f"{len(prompts)} texts" + ("" if captions is None else f" and {len(captions)} captions")
             raise MivpgError(f"{num_bags} bags and {given}; one of each a bag is needed.")
-        return BatchFeature(batch | self.tokens(prompts, captions))
+        return BatchFeature(batch | self.tokens(prompts, captions, batch["image_mask"].sum(dim=1).tolist()))
 
     def pixels(self, bag: Sequence[PictureLike], **images_kwargs) -> Tensor:
         """The pictures of one bag, (N, 3, h, w)."""
@@ -228,10 +233,16 @@ class MivpgProcessor(ProcessorMixin):
 
     # Texts to tokens.
 
-    def tokens(self, prompts: Sequence[Text], captions: Sequence[str] | None) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (B, T) and, with captions, `labels`."""
+    def num_prompts(self, num_images: int) -> int:
+        """Visual prompts of a bag, for each of which its text has an image mark."""
+        return self.num_query_tokens * (num_images if self.prompts_per_image else 1)
+
+    def tokens(
+        self, prompts: Sequence[Text], captions: Sequence[str] | None, bag_sizes: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, T) and, with captions, `labels`, for bags of so many images."""
         texts = [self.prompt_text(prompt) for prompt in prompts]
-        ids = [self.text_ids(text) for text in texts]
+        ids = [self.text_ids(text, self.num_prompts(size)) for text, size in zip(texts, bag_sizes, strict=True)]
         pad = 0 if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         if captions is None:
             return pad_tokens(ids, pad, left=not self.is_encoder_decoder)
@@ -261,14 +272,14 @@ class MivpgProcessor(ProcessorMixin):
         turns = [turn | {"content": flat_content(turn["content"])} for turn in conversation]
         return self.tokenizer.apply_chat_template(turns, chat_template=chat_template, tokenize=False, **kwargs)
 
-    def text_ids(self, text: str) -> list[int]:
+    def text_ids(self, text: str, num_prompts: int) -> list[int]:
         """Tokens of a prompt with its image marks."""
         marks = text.count(IMAGE_TOKEN)
         if marks > 1:
             raise MivpgError(f"A text with {marks} {IMAGE_TOKEN} marks; one stands for the whole bag: {text!r}.")
         if marks == 1:
-            return self.tokenize(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * self.num_query_tokens))
-        return [self.image_token_id] * self.num_query_tokens + self.tokenize(text)
+            return self.tokenize(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * num_prompts))
+        return [self.image_token_id] * num_prompts + self.tokenize(text)
 
     def tokenize(self, text: str) -> list[int]:
         """The tokenizer's ids, with its special tokens unless the text begins with them already (a chat template)."""
@@ -327,6 +338,7 @@ def model_options(config: MivpgConfig) -> dict[str, Any]:
     """What a processor has to know of its model."""
     return {
         "num_query_tokens": config.num_query_tokens,
+        "prompts_per_image": config.prompts_per_image,
         "caption_end_token_id": config.end_token_id,
         "is_encoder_decoder": config.is_encoder_decoder,
     }

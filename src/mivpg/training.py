@@ -53,13 +53,13 @@ from mivpg.bags import (
     select,
 )
 from mivpg.captioning import GenerationOptions, caption_bags
-from mivpg.configuration_mivpg import InstanceCorrelation, PatchPooling, PositionEncoding
+from mivpg.configuration_mivpg import Q_FORMERS, AggregatorName, InstanceCorrelation, PatchPooling, PositionEncoding
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
 from mivpg.feature_files import features_shape
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
-from mivpg.processing_mivpg import MivpgProcessor
+from mivpg.processing_mivpg import MivpgProcessor, model_options
 
 CONFIG_FILE = "config.yaml"
 DATA_FILE = "data.yaml"
@@ -112,13 +112,17 @@ class ModelConfig:
     qformer: QFormerSizes | None = None
     """Sizes of a new Q-Former; by default BLIP-2's."""
     num_query_tokens: int | None = None
-    """Visual prompts a bag, of a new Q-Former."""
+    """Visual prompts a bag, of a new Q-Former or an aggregator in its place; an image, where each has its own."""
     patch_pooling: PatchPooling | None = None
     """How the patches of an image become one instance, such as `abmil`."""
     instance_correlation: InstanceCorrelation | None = None
     """How the images of a bag see each other; the paper's is `csa`."""
     position_encoding: PositionEncoding | None = None
     """`ppeg` makes the order of the images matter."""
+    aggregator: AggregatorName | None = None
+    """What turns a bag into visual prompts, where it is not MIVPG."""
+    aggregator_options: dict[str, Any] | None = None
+    """Arguments of its class in `mivpg.aggregators`."""
     trainable: list[str] | None = None
     """Names of the modules that train."""
     caption_end_token_id: int | None = None
@@ -137,14 +141,18 @@ class ModelConfig:
             MivpgError: The fields do not say which model, or it cannot be loaded.
         """
         options = self._given("patch_pooling", "instance_correlation", "position_encoding", "trainable")
+        options |= self._given("aggregator", "aggregator_options")
         caption_end = self._given("caption_end_token_id")
         texts = self._given("max_caption_tokens", "chat")
         new_mivpg = self._given("language", "vision", "image_embeds_size", "num_query_tokens", "qformer")
         if self.base is not None:
+            if self.aggregator is not None and self.aggregator not in Q_FORMERS:  # has no pretrained queries
+                options |= self._given("num_query_tokens")
+                new_mivpg.pop("num_query_tokens", None)
             if new_mivpg:
                 raise MivpgError(f"model: base brings its own {', '.join(new_mivpg)}; leave one of the two out.")
             model = MivpgForConditionalGeneration.from_pretrained(self.base, dtype=self.dtype, **options, **caption_end)
-            return model, MivpgProcessor.from_pretrained(self.base, **texts, **caption_end)
+            return model, MivpgProcessor.from_pretrained(self.base, **texts, **model_options(model.config))
         if self.language is None:
             raise MivpgError("model: expected a base, or a language model (and a vision model) for a new MIVPG.")
         if self.vision is None and self.image_embeds_size is None:

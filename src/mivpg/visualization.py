@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mivpg.errors import MivpgError
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 
 
@@ -25,9 +26,14 @@ def image_weights(model: MivpgVisualPromptModel, batch: Mapping[str, Tensor]) ->
         model: Looks in eval mode, and is left in the mode and with the attention implementation it was found with.
         batch: What the processor makes: `pixel_values` or `image_embeds`, `image_mask` and, for PPEG, `image_coords`.
 
+    Raises:
+        MivpgError: Another aggregator stands in MIVPG's place.
+
     Returns:
         Weights (B, N); each row sums to one, padding is 0.
     """
+    if model.qformer is None or model.config.aggregator != "mivpg":
+        raise MivpgError(f"aggregator {model.config.aggregator!r}: weights of images are MIVPG's cross-attention.")
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     image_mask = inputs["image_mask"]
     looks: list[Tensor] = []

@@ -1,0 +1,110 @@
+"""TransMIL (Shao et al. 2021): a class token and the instances, two Nyström self-attentions, PPEG between them.
+
+    h = ReLU(FC(x));   s = [c; h];   s = s + Nystrom(LN(s));   s = PPEG(s);   s = s + Nystrom(LN(s));   z = LN(s)[0]
+
+B bags, N images a bag, M = N P instances, D their width, d the width inside.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mivpg.aggregators.base import BagVectorAggregator, VisualPrompts, flat_instances
+from mivpg.configuration_mivpg import MivpgQFormerConfig
+from mivpg.errors import MivpgError
+from mivpg.layers import BagGrid, NystromSelfAttention, PyramidPositionEncoding, lattice_cells
+
+
+class NystromLayer(nn.Module):
+    """`s <- s + dropout(W_o Nystrom(LN(s)))`; there is no feed-forward."""
+
+    def __init__(self, config: MivpgQFormerConfig, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.attention = NystromSelfAttention(config)
+        self.attention.output.starts_at_zero = False  # as everything here it starts the way PyTorch has it
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """One bag (1, L, d), unpadded."""
+        return states + self.dropout(self.attention.output(self.attention.correlate(self.norm(states))))
+
+
+class TransMil(BagVectorAggregator):
+    """TransMIL.
+
+    Landmarks and PPEG's square depend on the order and the length of a bag, so bags are run one by one, and a shuffled
+    bag gives another vector. The authors fill the square with copies of the first instances, which then take part in
+    attention; here filling happens inside PPEG alone. Where coordinates are known PPEG uses them.
+
+    Args:
+        image_embeds_size: D.
+        num_prompts: T, where `hidden_size` is given.
+        hidden_size: H; None = z itself, for a classifier.
+        size: d.
+        num_heads: Of each attention.
+        num_landmarks: Of the approximation.
+        pinv_iterations: Of the pseudo-inverse.
+        dropout: After each attention.
+
+    Raises:
+        MivpgError: `size` is no multiple of `num_heads`; in `forward`, coordinates that are no lattice, or of images of
+            several tokens.
+    """
+
+    def __init__(
+        self,
+        image_embeds_size: int,
+        *,
+        num_prompts: int = 1,
+        hidden_size: int | None = None,
+        size: int = 512,
+        num_heads: int = 8,
+        num_landmarks: int = 256,
+        pinv_iterations: int = 6,
+        dropout: float = 0.1,
+    ):
+        if size % num_heads:
+            raise MivpgError(f"size is {size}, expected a multiple of num_heads, {num_heads}.")
+        super().__init__(image_embeds_size, size, num_prompts=num_prompts, hidden_size=hidden_size)
+        config = MivpgQFormerConfig(
+            hidden_size=size,
+            encoder_hidden_size=size,
+            num_attention_heads=num_heads,
+            num_landmarks=num_landmarks,
+            pinv_iterations=pinv_iterations,
+        )
+        self.embed = nn.Sequential(nn.Linear(image_embeds_size, size), nn.ReLU())
+        self.class_token = nn.Parameter(torch.empty(1, 1, size))
+        self.layers = nn.ModuleList(NystromLayer(config, dropout) for _ in range(2))
+        self.position_encoding = PyramidPositionEncoding(size)
+        for convolution in self.position_encoding.convolutions:
+            convolution.starts_at_zero = False
+        self.norm = nn.LayerNorm(size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the class token from N(0, 1)."""
+        nn.init.normal_(self.class_token)
+
+    def forward(
+        self, image_embeds: Tensor, image_mask: Tensor | None = None, image_coords: Tensor | None = None
+    ) -> VisualPrompts:
+        """Bags (B, N, P, D), coordinates (B, N, 2) where known, to prompts."""
+        if image_coords is not None and image_embeds.shape[2] > 1:
+            raise MivpgError(
+                f"image_coords are of images, and these have {image_embeds.shape[2]} tokens each; pool their patches."
+            )
+        instances, mask = flat_instances(image_embeds, image_mask)
+        vectors = []
+        for index, length in enumerate(mask.sum(dim=1).tolist()):
+            cells = None if image_coords is None else [lattice_cells(image_coords[index, :length])]
+            vectors.append(self.bag_vector(instances[index : index + 1, :length], BagGrid([length], cells)))
+        return self.as_prompts(torch.cat(vectors))
+
+    def bag_vector(self, bag: Tensor, grid: BagGrid) -> Tensor:
+        """One bag (1, M, D), all of it real, to (1, d)."""
+        first, second = self.layers
+        states = first(torch.cat([self.class_token, self.embed(bag)], dim=1))
+        placed = self.position_encoding(states[:, 1:], grid)
+        states = second(torch.cat([states[:, :1], placed], dim=1))
+        return self.norm(states[:, 0])

@@ -1,0 +1,330 @@
+"""Bags with one label each, classified: what most users of multiple instance learning do.
+
+    bags = read_bag_set("set.npz").bags
+    model = make_classifier(ClassifierConfig(aggregator="abmil"), width=bags[0].instances.shape[-1], num_labels=2)
+    train_classifier(model, bags, ClassifierConfig())
+    scores = score_predictions(bags, predict(model, bags))
+
+`cross_validate` does this fold by fold, for `mivpg classify`.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from mivpg.configuration_mivpg import (
+    AggregatorName,
+    InstanceCorrelation,
+    MivpgConfig,
+    PatchPooling,
+    PositionEncoding,
+)
+from mivpg.datasets.bag_file import load_bag_file
+from mivpg.datasets.bag_set import BagSet, LabelledBag, read_bag_set
+from mivpg.errors import BagError, MivpgError
+from mivpg.feature_files import read_features
+from mivpg.files import write_whole
+from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
+from mivpg.processing_mivpg import pad_bags
+from mivpg.training import QFormerSizes
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_QFORMER = QFormerSizes(
+    hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=256, initializer_range=0.05
+)
+"""For a few thousand bags; three of its six blocks look at the instances."""
+
+
+@dataclass(kw_only=True)
+class ClassifierConfig:
+    """What a classifier of bags is and how it is trained."""
+
+    aggregator: AggregatorName = "mivpg"
+    """MIVPG, or one of `mivpg.aggregators`."""
+    aggregator_options: dict[str, Any] | None = None
+    """Arguments of its class."""
+    num_query_tokens: int = 8
+    """R, of MIVPG, and the prompts of a Perceiver or a Set Transformer."""
+    qformer: QFormerSizes | None = None
+    """Sizes of MIVPG; by default six blocks of width 128."""
+    patch_pooling: PatchPooling = "none"
+    """How the tokens of an image become one instance, where it has several."""
+    instance_correlation: InstanceCorrelation = "csa"
+    """How MIVPG's instances see each other."""
+    position_encoding: PositionEncoding = "none"
+    """`ppeg` makes the order of the instances matter."""
+    num_train_epochs: int = 40
+    """Passes over the bags."""
+    batch_size: int = 8
+    """Bags of a step."""
+    learning_rate: float = 5e-4
+    """Peak rate of AdamW, after a twentieth of all steps and before a cosine to zero."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    seed: int = 0
+    """Of new weights, dropout, order and folds."""
+    num_folds: int = 5
+    """Of a cross-validation, where the bags bring no folds of their own."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_train_epochs", 1), ("batch_size", 1), ("num_folds", 2), ("num_query_tokens", 1)):
+            if (value := getattr(self, name)) < least:
+                raise MivpgError(f"{name} is {value}, expected at least {least}.")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of a bag."""
+
+    id: str
+    probabilities: list[float]
+    """Of each class."""
+    instance_scores: list[float] | None = None
+    """Of each instance, the logit of class 1 (binary) or of the bag's predicted class."""
+
+    @property
+    def label(self) -> int:
+        """The most probable class."""
+        return int(np.argmax(self.probabilities))
+
+
+def load_labelled_bags(path: Path) -> BagSet:
+    """Bags with labels: an `.npz` of the whole set, or a bag file with a label and a features file a bag.
+
+    Raises:
+        MivpgError: There is no such file, or it is not as it has to be.
+        BagError: A bag has no label or no features.
+    """
+    if path.suffix == ".npz":
+        return read_bag_set(path)
+    samples = load_bag_file(path)
+    for sample in samples:
+        if sample.label is None:
+            raise BagError(f"{path}: bag {sample.id!r} has no label, expected one of each bag.")
+        if sample.features is None:
+            raise BagError(f"{path}: bag {sample.id!r} has no features; `mivpg extract` makes them from its images.")
+    names = sorted({sample.label for sample in samples if sample.label is not None})
+    bags = []
+    for sample in samples:
+        assert sample.features is not None and sample.label is not None
+        features, _ = read_features(sample.features)
+        bags.append(LabelledBag(id=sample.id, instances=features.float(), label=names.index(sample.label)))
+    return BagSet(bags=bags, label_names=names)
+
+
+def make_classifier(config: ClassifierConfig, *, width: int, num_labels: int) -> MivpgForBagClassification:
+    """A new classifier, drawn from `config.seed`.
+
+    Args:
+        config: What it is.
+        width: D, of the instances.
+        num_labels: Classes.
+
+    Raises:
+        MivpgError: An option has a value that it cannot have.
+    """
+    torch.manual_seed(config.seed)
+    qformer = dict(config.qformer or DEFAULT_QFORMER)
+    qformer |= {
+        "instance_correlation": config.instance_correlation,
+        "position_encoding": config.position_encoding,
+        "encoder_hidden_size": width,
+    }
+    model_config = MivpgConfig(
+        vision_config=None,
+        text_config=None,
+        qformer_config=qformer,
+        image_embeds_size=width,
+        num_query_tokens=config.num_query_tokens,
+        patch_pooling=config.patch_pooling,
+        aggregator=config.aggregator,
+        aggregator_options=config.aggregator_options,
+        num_labels=num_labels,
+    )
+    return MivpgForBagClassification(model_config)
+
+
+def train_classifier(model: MivpgForBagClassification, bags: Sequence[LabelledBag], config: ClassifierConfig) -> None:
+    """Trains in place; the order of the bags is a function of seed and epoch.
+
+    Raises:
+        MivpgError: There is no bag, or the loss is no longer a number.
+    """
+    if not bags:
+        raise MivpgError("there is no bag to train on.")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    num_steps = config.num_train_epochs * -(-len(bags) // config.batch_size)
+    schedule = get_cosine_schedule_with_warmup(optimizer, num_steps // 20, num_steps)
+    model.train()
+    for epoch in tqdm(range(config.num_train_epochs), unit="epoch", leave=False, disable=None):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(bags), generator=generator).tolist()
+        for start in range(0, len(order), config.batch_size):
+            batch = [bags[index] for index in order[start : start + config.batch_size]]
+            labels = torch.tensor([bag.label for bag in batch], device=model.device)
+            loss = model(**collate(batch, model.device), labels=labels).loss
+            if not loss.isfinite():
+                raise MivpgError(f"the loss is {loss.item()} in epoch {epoch}; take a lower learning_rate.")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    model.eval()
+
+
+def collate(bags: Sequence[LabelledBag], device: torch.device) -> dict[str, Tensor]:
+    """`image_embeds` (B, N, P, D) and `image_mask` (B, N); instances (N, D) are images of one token."""
+    images = [bag.instances if bag.instances.ndim == 3 else bag.instances[:, None] for bag in bags]
+    image_embeds, image_mask = pad_bags(images)
+    return {"image_embeds": image_embeds.to(device), "image_mask": image_mask.to(device)}
+
+
+@torch.no_grad()
+def predict(
+    model: MivpgForBagClassification,
+    bags: Sequence[LabelledBag],
+    *,
+    batch_size: int = 32,
+    with_instances: bool = False,
+) -> list[Prediction]:
+    """What the classifier says of each bag, in their order.
+
+    Args:
+        model: In eval mode.
+        bags: Their labels are not read.
+        batch_size: Bags at once.
+        with_instances: Also score each instance (`MivpgForBagClassification.score_instances`).
+    """
+    by_size = sorted(range(len(bags)), key=lambda index: len(bags[index].instances))  # little padding
+    found: dict[int, Prediction] = {}
+    for start in range(0, len(bags), batch_size):
+        rows = by_size[start : start + batch_size]
+        batch = collate([bags[index] for index in rows], model.device)
+        probabilities = class_probabilities(model(**batch).logits)
+        scores: Iterator[Tensor | None] = iter([None] * len(rows))
+        if with_instances:
+            scores = iter(model.score_instances(**batch))
+        for index, row, of_instances in zip(rows, probabilities, scores, strict=True):
+            instances = None
+            if of_instances is not None:
+                column = 0 if of_instances.shape[-1] == 1 else int(row.argmax())
+                num_tokens = 1 if bags[index].instances.ndim == 2 else bags[index].instances.shape[1]
+                instances = of_instances[: len(bags[index].instances) * num_tokens, column].tolist()
+            found[index] = Prediction(bags[index].id, row.tolist(), instances)
+    return [found[index] for index in range(len(bags))]
+
+
+def score_predictions(bags: Sequence[LabelledBag], predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Accuracy, AUC (of several classes one against the rest, averaged), and AUC of instances where both are known.
+
+    What is not defined, an AUC of one class, is left out.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    labels = np.array([bag.label for bag in bags])
+    probabilities = np.array([prediction.probabilities for prediction in predictions])
+    scores = {"accuracy": float((probabilities.argmax(axis=1) == labels).mean())}
+    if probabilities.shape[1] == 2 and len(set(labels)) == 2:
+        scores["auc"] = float(roc_auc_score(labels, probabilities[:, 1]))
+    elif len(set(labels)) == probabilities.shape[1] > 2:
+        scores["auc"] = float(roc_auc_score(labels, probabilities, multi_class="ovr", average="macro"))
+    truth: list[int] = []
+    found: list[float] = []
+    for bag, prediction in zip(bags, predictions, strict=True):
+        if bag.instance_labels is not None and prediction.instance_scores is not None:
+            truth += bag.instance_labels.tolist()
+            found += prediction.instance_scores
+    if len(set(truth)) == 2:
+        scores["instance_auc"] = float(roc_auc_score(truth, found))
+    return scores
+
+
+def split_into_folds(bags: Sequence[LabelledBag], config: ClassifierConfig) -> list[tuple[list[int], list[int]]]:
+    """Training and test indices of each fold: the bags' own folds, or stratified ones by seed.
+
+    Raises:
+        MivpgError: Some bags have a fold and some none, or a class has fewer bags than there are folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    given = [bag.fold for bag in bags]
+    if all(fold is not None for fold in given):
+        names = sorted({fold for fold in given if fold is not None})
+        if len(names) < 2:
+            raise MivpgError("all bags are in one fold, expected at least two folds.")
+        return [
+            (
+                [index for index, fold in enumerate(given) if fold != name],
+                [index for index, fold in enumerate(given) if fold == name],
+            )
+            for name in names
+        ]
+    if any(fold is not None for fold in given):
+        raise MivpgError("some bags have a fold and some have none; give each bag one, or none.")
+    labels = [bag.label for bag in bags]
+    if (least := min(labels.count(label) for label in set(labels))) < config.num_folds:
+        raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} bags, fewer than folds.")
+    folds = StratifiedKFold(config.num_folds, shuffle=True, random_state=config.seed)
+    return [(train.tolist(), test.tolist()) for train, test in folds.split(np.zeros(len(labels)), labels)]
+
+
+def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict[str, Any]:
+    """Trains on all folds but one and tests on that one, for each; what is there already is not done again.
+
+    Args:
+        bag_set: Bags with labels.
+        config: The classifier.
+        out: Gets `config.json`, for each fold a model `fold-K/` and its predictions `fold-K.jsonl`, and `metrics.json`.
+
+    Returns:
+        What `metrics.json` holds: the scores of each fold, and their mean and standard deviation.
+
+    Raises:
+        MivpgError: The folder holds a run of another config or other bags, or the folds cannot be made.
+    """
+    mark = out / "config.json"
+    asked = asdict(config) | {"num_bags": len(bag_set.bags), "label_names": bag_set.label_names}
+    if mark.exists() and (found := json.loads(mark.read_text(encoding="utf-8"))) != asked:
+        different = sorted(name for name in asked if found.get(name) != asked[name])
+        raise MivpgError(f"{out} holds a run with another {', '.join(different)}; name another folder.")
+    folds = split_into_folds(bag_set.bags, config)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(mark, json.dumps(asked, indent=2) + "\n")
+    width = bag_set.bags[0].instances.shape[-1]
+    scores = []
+    for number, (train, test) in enumerate(folds):
+        file = out / f"fold-{number}.jsonl"
+        test_bags = [bag_set.bags[index] for index in test]
+        if not file.exists():
+            model = make_classifier(config, width=width, num_labels=len(bag_set.label_names))
+            train_classifier(model, [bag_set.bags[index] for index in train], config)
+            model.save_pretrained(out / f"fold-{number}")
+            predictions = predict(model, test_bags, with_instances=True)
+            write_whole(file, "".join(json.dumps(asdict(prediction)) + "\n" for prediction in predictions))
+        lines = file.read_text(encoding="utf-8").splitlines()
+        scores.append(score_predictions(test_bags, [Prediction(**json.loads(line)) for line in lines]))
+        logger.info(
+            "fold %d of %d: %s", number + 1, len(folds), ", ".join(f"{k} {v:.3f}" for k, v in scores[-1].items())
+        )
+    values = {name: [fold[name] for fold in scores if name in fold] for name in scores[0]}
+    results = {
+        "folds": scores,
+        "mean": {name: float(np.mean(those)) for name, those in values.items()},
+        "standard_deviation": {
+            name: float(np.std(those, ddof=1)) if len(those) > 1 else 0.0 for name, those in values.items()
+        },
+    }
+    write_whole(out / "metrics.json", json.dumps(results, indent=2) + "\n")
+    return results

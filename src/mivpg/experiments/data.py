@@ -1,0 +1,232 @@
+"""The data of the experiments at two scales: the generated miniatures, and the real data sets with the paper's models.
+
+out/data/products|slides|scenes/   the miniatures, in the real data sets' files; at the paper's scale, the data root
+out/features/…                     what the frozen vision model says of each image, computed once for all runs
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+from mivpg.captioning import GenerationOptions
+from mivpg.datasets import DatasetConfig
+from mivpg.datasets.abo import AboConfig
+from mivpg.datasets.coco import CocoConfig
+from mivpg.datasets.patch_gastric import PatchGastricConfig
+from mivpg.errors import MivpgError
+from mivpg.feature_files import read_features
+from mivpg.features import extract_features
+from mivpg.files import write_whole
+from mivpg.miniature import BASE_MODEL
+from mivpg.miniature.catalogue import make_catalogue
+from mivpg.miniature.coco import make_coco
+from mivpg.miniature.patch_gastric import make_patch_gastric
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+from mivpg.processing_mivpg import MivpgProcessor
+
+DataName = Literal["products", "slides", "scenes"]
+View = Literal["all", "main"]
+"""All images of a bag, or its first alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How models are fine-tuned on one data set; every arm has the same."""
+
+    training: Mapping[str, Any]
+    """Fields of `TrainConfig`."""
+    generation: GenerationOptions
+    max_caption_tokens: int
+    tokens: Literal["all", "cls"]
+    """What the store keeps of an image."""
+    real_folder: str
+    """Of the real data set, in the data root."""
+    real_name: str
+    where_from: str
+    """Where to get it."""
+    draw: Callable[[Path], Any]
+    """Makes the miniature, or what is missing of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Models and data sets of one size."""
+
+    name: Literal["miniature", "paper"]
+    base: str
+    """Folder or Hub id of the BLIP-2 that every arm starts from."""
+    store_dtype: torch.dtype
+    settings: Mapping[DataName, Settings]
+    subset_sizes: tuple[int, ...]
+    """Training pairs of Figure 4."""
+
+
+NAMES: dict[DataName, tuple[str, str, str]] = {
+    "products": (
+        "abo",
+        "Amazon Berkeley Objects",
+        "abo-listings.tar and abo-images-small.tar of the bucket amazon-berkeley-objects, and captions.json made of "
+        "Cap3D's human captions (tiange/Cap3D, misc/Cap3D_human_ABO.pkl)",
+    ),
+    "slides": ("patch_gastric", "PatchGastricADC22", "Zenodo record 6550925: captions.csv and patches_captions.zip"),
+    "scenes": (
+        "coco",
+        "MSCOCO 2014 with Karpathy's split",
+        "train2014.zip and val2014.zip of cocodataset.org, and coco_karpathy_{train,val,test}.json of LAVIS",
+    ),
+}
+
+
+def _settings(name: DataName, draw: Callable[[Path], Any], tokens: Literal["all", "cls"], **options: Any) -> Settings:
+    folder, title, where = NAMES[name]
+    return Settings(real_folder=folder, real_name=title, where_from=where, draw=draw, tokens=tokens, **options)
+
+
+MINIATURE = Scale(
+    name="miniature",
+    base=str(BASE_MODEL),
+    store_dtype=torch.float16,
+    settings={
+        "products": _settings(
+            "products",
+            lambda root: make_catalogue(root, num_products=2000, seed=0),
+            "all",
+            training={"num_train_epochs": 4, "batch_size": 32, "learning_rate": 1e-3},
+            generation=GenerationOptions(num_beams=1, max_new_tokens=64),
+            max_caption_tokens=64,
+        ),
+        "slides": _settings(
+            "slides",
+            lambda root: make_patch_gastric(root, num_slides=300, seed=0),
+            "cls",
+            training={"num_train_epochs": 20, "batch_size": 16, "learning_rate": 1e-3},
+            generation=GenerationOptions(num_beams=1, max_new_tokens=96),
+            max_caption_tokens=96,
+        ),
+        "scenes": _settings(
+            "scenes",
+            lambda root: make_coco(root, num_pictures=1000, seed=0),
+            "all",
+            training={"num_train_epochs": 5, "batch_size": 32, "learning_rate": 3e-4},
+            generation=GenerationOptions(num_beams=1, max_new_tokens=32),
+            max_caption_tokens=32,
+        ),
+    },
+    subset_sizes=(250, 500, 1000, 2000),
+)
+
+_PAPER_TRAINING = {"learning_rate": 1e-5, "batch_size": 16, "bf16": True}
+
+
+def _is_there(root: Path) -> None:
+    if not root.is_dir():
+        raise FileNotFoundError(root)
+
+
+PAPER = Scale(
+    name="paper",
+    base="Salesforce/blip2-flan-t5-xl",
+    store_dtype=torch.bfloat16,
+    settings={
+        "products": _settings(
+            "products",
+            _is_there,
+            "all",
+            training=_PAPER_TRAINING | {"num_train_epochs": 40},
+            generation=GenerationOptions(num_beams=5, max_new_tokens=64, min_new_tokens=8),
+            max_caption_tokens=64,
+        ),
+        "slides": _settings(
+            "slides",
+            _is_there,
+            "cls",
+            training=_PAPER_TRAINING | {"num_train_epochs": 40},
+            generation=GenerationOptions(num_beams=5, max_new_tokens=96, min_new_tokens=8),
+            max_caption_tokens=96,
+        ),
+        "scenes": _settings(
+            "scenes",
+            _is_there,
+            "all",
+            training=_PAPER_TRAINING | {"num_train_epochs": 5, "warmup_steps": 1000},
+            generation=GenerationOptions(num_beams=5, max_new_tokens=30, min_new_tokens=8),
+            max_caption_tokens=32,
+        ),
+    },
+    subset_sizes=(50_000, 100_000, 200_000, 560_000),
+)
+
+SCALES: dict[str, Scale] = {scale.name: scale for scale in (MINIATURE, PAPER)}
+
+
+@dataclass(kw_only=True)
+class ExperimentData:
+    """Where the data of one `mivpg reproduce` lie; made or checked when it is first asked for."""
+
+    scale: Scale
+    out: Path
+    data_root: Path | None = None
+    """The folder of the real data sets, at the paper's scale."""
+    ready: set[tuple[DataName, View]] = field(default_factory=set)
+
+    def root(self, name: DataName) -> Path:
+        """The folder with a data set's own files."""
+        if self.scale.name == "miniature":
+            return self.out / "data" / name
+        assert self.data_root is not None
+        return self.data_root / self.scale.settings[name].real_folder
+
+    def store(self, name: DataName, view: View) -> Path:
+        """The feature store of a view."""
+        return self.out / "features" / f"{name}_{view}"
+
+    def dataset(self, name: DataName, view: View, seed: int, num_pairs: int | None = None) -> DatasetConfig:
+        """A data set as a run reads it; the seed draws the split, or the training pairs where the split is fixed."""
+        root, features = self.root(name), self.store(name, view)
+        if name == "products":
+            return DatasetConfig(abo=AboConfig(root=root, split_seed=seed), features=features)
+        if name == "slides":
+            return DatasetConfig(patch_gastric=PatchGastricConfig(root=root, split_seed=seed), features=features)
+        return DatasetConfig(coco=CocoConfig(root=root, num_train_pairs=num_pairs, subset_seed=seed), features=features)
+
+    def prepare(self, name: DataName, view: View) -> None:
+        """Draws what is to be drawn, and fills the store.
+
+        Raises:
+            MivpgError: A real data set is not there; says which, where it was looked for and where to get it.
+        """
+        settings, root = self.scale.settings[name], self.root(name)
+        try:
+            settings.draw(root)
+        except FileNotFoundError:
+            raise MivpgError(
+                f"{root} does not exist, expected {settings.real_name} there: {settings.where_from}. "
+                "Experiments on other data sets can run without it."
+            ) from None
+        config = self.dataset(name, view, seed=0)
+        config.features = None
+        samples = config.load()
+        model = MivpgForConditionalGeneration.from_pretrained(self.scale.base, instance_correlation="none")
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        processor = MivpgProcessor.from_pretrained(self.scale.base)
+        stored = extract_features(
+            model,
+            processor,
+            samples,
+            self.store(name, "all"),
+            tokens=settings.tokens,
+            dtype=self.scale.store_dtype,
+        )
+        if view == "main":
+            for sample in tqdm(stored, desc="first images", unit="bag", delay=1, leave=False, disable=None):
+                assert sample.features is not None
+                file = self.store(name, "main") / sample.features.name
+                if not file.exists():
+                    first = read_features(sample.features)[0][:1].to(self.scale.store_dtype)
+                    write_whole(file, save({"image_embeds": first}))
+        self.ready.add((name, view))

@@ -1,0 +1,403 @@
+"""`mivpg reproduce`: the paper's tables and figures from one command.
+
+    out/runs/products/seed-0/csa/        a run folder; best/ is a model for `mivpg caption --model`
+    out/captions/products/seed-0/csa.jsonl, and .scores.json beside it
+    out/logs/products/seed-0/csa.txt
+    out/table2.json, table2.csv, table2.md
+    out/figure4.png with figure4.json, …
+    out/report.html                      all of it for people
+
+What is there already is not done again. A run that fails is reported as failed, with its log, and its table goes on
+without it.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mivpg.bags import Sample, one_pair_a_reference, select
+from mivpg.captioning import read_captions
+from mivpg.errors import MivpgError
+from mivpg.evaluation import CaptionScorer, Meteor, bootstrap_interval_over_seeds, caption_floors, find_java
+from mivpg.experiments.data import SCALES, DataName, ExperimentData
+from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
+from mivpg.experiments.runner import Run, run_all
+from mivpg.files import write_whole
+from mivpg.report import BarChart, Examples, Table, Text, write_report
+from mivpg.training import ModelConfig, TrainConfig
+
+METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
+PROMPT = "a photo of"
+
+MARGIN = 0.05
+"""A difference in CIDEr is absent where its interval lies within this share of the worse arm's CIDEr around zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A claim, measured."""
+
+    claim: Claim
+    data: str
+    mean: float
+    """Of CIDEr, over seeds and bags."""
+    low: float
+    high: float
+    margin: float
+
+    @property
+    def verdict(self) -> str:
+        """Present, absent, inconclusive, or the other way round."""
+        if self.low > 0:
+            return "present"
+        if self.high < 0:
+            return "the other way round"
+        return "absent" if -self.margin < self.low and self.high < self.margin else "inconclusive"
+
+
+def reproduce(
+    names: Sequence[str],
+    *,
+    scale: str,
+    out: Path,
+    num_seeds: int = 3,
+    data_root: Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Runs experiments, or what is left of them.
+
+    Args:
+        names: Of experiments, or "all".
+        scale: "miniature" or "paper".
+        out: A new or empty folder, or that of an interrupted run.
+        num_seeds: Seeds 0, 1, …; each draws split and training order.
+        data_root: The folder of the real data sets, for the paper's scale.
+
+    Returns:
+        What the JSON files hold, by experiment.
+
+    Raises:
+        MivpgError: There is no such experiment, the folder holds another scale's, or a data set is missing.
+    """
+    known = experiments(SCALES[scale])
+    if unknown := [name for name in names if name not in known and name != "all"]:
+        raise MivpgError(f"there is no experiment {unknown[0]!r}; there are {', '.join(known)} and all.")
+    if scale == "paper" and data_root is None:
+        raise MivpgError("--scale paper needs --data-root, the folder with abo, patch_gastric and coco.")
+    chosen = list(known.values()) if "all" in names else [known[name] for name in dict.fromkeys(names)]
+    _claim(out, scale)
+    data = ExperimentData(scale=SCALES[scale], out=out, data_root=data_root)
+    arms = {(arm.data, arm.name): arm for experiment in chosen for arm in experiment.arms}
+    for arm in arms.values():
+        if (arm.data, arm.view) not in data.ready:
+            print(f"Data: {arm.data}, {arm.view} images …", flush=True)
+            data.prepare(arm.data, arm.view)
+    seeds = range(num_seeds)
+    runs = {(arm.data, arm.name, seed): _run(data, arm, seed) for arm in arms.values() for seed in seeds}
+    print(f"Fine-tuning and captioning: {len(arms)} arms, {num_seeds} seeds …", flush=True)
+    failed = run_all(list(runs.values()))
+    print("Scoring …", flush=True)
+    with closing(_Scores(data, runs)) as scores:
+        results = {experiment.name: _results(experiment, seeds, scores, failed) for experiment in chosen}
+    for experiment in chosen:
+        _write(out, experiment, results[experiment.name])
+    write_report(
+        out / "report.html",
+        title="MIVPG: the paper's experiments" + (" in miniature" if scale == "miniature" else ""),
+        lead=_lead(scale, num_seeds),
+        parts=[part for experiment in chosen for part in _report_parts(experiment, results[experiment.name])],
+    )
+    return results
+
+
+def _claim(out: Path, scale: str) -> None:
+    mark = out / "reproduce.json"
+    if mark.exists():
+        if (found := json.loads(mark.read_text(encoding="utf-8"))["scale"]) != scale:
+            raise MivpgError(f"{out} holds experiments at the scale {found!r}; name another folder.")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MivpgError(f"{out} is in use, expected a new or empty folder.")
+    write_whole(mark, json.dumps({"scale": scale}) + "\n")
+
+
+def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
+    """The run of an arm with a seed."""
+    settings = data.scale.settings[arm.data]
+    dataset = data.dataset(arm.data, arm.view, seed, arm.num_pairs)
+    place = Path(arm.data, f"seed-{seed}")
+    model = ModelConfig(base=data.scale.base, max_caption_tokens=settings.max_caption_tokens, **arm.model)
+    training = TrainConfig(
+        model=model,
+        dataset=dataset,
+        output_dir=data.out / "runs" / place / arm.name,
+        prompt=PROMPT,
+        seed=seed,
+        validation=settings.generation,
+        num_workers=0,
+        save_total_limit=1,
+        **settings.training,
+    )
+    num_pairs = len(one_pair_a_reference(select(dataset.load(), "train")))
+    num_steps = training.num_train_epochs * math.ceil(num_pairs / training.batch_size) if arm.trains else 0
+    return Run(
+        name=f"{arm.data} seed {seed} {arm.name}",
+        log=data.out / "logs" / place / f"{arm.name}.txt",
+        model=model,
+        training=training if arm.trains else None,
+        captions={data.out / "captions" / place / f"{arm.name}.jsonl": dataset},
+        generation=settings.generation,
+        prompt=PROMPT,
+        num_steps=num_steps,
+        cost=num_steps * (3 if arm.model.get("patch_pooling") == "none" and arm.view == "all" else 1),
+    )
+
+
+class _Scores:
+    """Scores of captions, each computed once: one METEOR for all."""
+
+    def __init__(self, data: ExperimentData, runs: Mapping[tuple[DataName, str, int], Run]) -> None:
+        self.data = data
+        self.runs = runs
+        self.meteor = Meteor(find_java())
+        self.scorers: dict[tuple[DataName, int], tuple[CaptionScorer, list[Sample], list[Sample]]] = {}
+
+    def close(self) -> None:
+        self.meteor.end()
+
+    def scorer(self, run: Run, data: DataName, seed: int) -> tuple[CaptionScorer, list[Sample], list[Sample]]:
+        """The scorer of a test split, its bags, and those that floors draw from."""
+        if (data, seed) not in self.scorers:
+            samples = next(iter(run.captions.values())).load()
+            test = select(samples, "test")
+            references = {sample.id: sample.captions for sample in test}
+            scorer = CaptionScorer(references, METRICS, meteor=self.meteor)
+            self.scorers[data, seed] = (scorer, test, select(samples, "train"))
+        return self.scorers[data, seed]
+
+    def of_run(self, arm: Arm, seed: int) -> dict[str, Any] | None:
+        """`metrics`, and `cider` of each bag; None where the run failed."""
+        run = self.runs[arm.data, arm.name, seed]
+        file = next(iter(run.captions))
+        if not file.exists():
+            return None
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        cache = file.with_suffix(".scores.json")
+        if cache.exists() and (known := json.loads(cache.read_text(encoding="utf-8")))["captions"] == digest:
+            return known
+        captions = read_captions(file)
+        scorer, _, _ = self.scorer(run, arm.data, seed)
+        scores = {
+            "captions": digest,
+            "metrics": scorer.score(captions),
+            "cider": scorer.cider_of_each(captions),
+        }
+        write_whole(cache, json.dumps(scores) + "\n")
+        return scores
+
+    def floors(self, arm: Arm, seed: int) -> dict[str, dict[str, float]]:
+        """What costs nothing, on the same test split."""
+        run = self.runs[arm.data, arm.name, seed]
+        cache = self.data.out / "captions" / arm.data / f"seed-{seed}" / "floors.json"
+        if not cache.exists():
+            scorer, test, train = self.scorer(run, arm.data, seed)
+            floors = {name: scorer.score(those) for name, those in caption_floors(train, test, seed=seed).items()}
+            write_whole(cache, json.dumps(floors) + "\n")
+        return json.loads(cache.read_text(encoding="utf-8"))
+
+
+def _results(
+    experiment: Experiment, seeds: Sequence[int], scores: _Scores, failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the JSON file of an experiment holds."""
+    rows: list[dict[str, Any]] = []
+    floors: list[dict[str, Any]] = []
+    each: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for arm in experiment.arms:
+        found = {seed: of_run for seed in seeds if (of_run := scores.of_run(arm, seed)) is not None}
+        each[arm.data, arm.name] = {seed: of_run["cider"] for seed, of_run in found.items()}
+        reasons = {
+            scores.runs[arm.data, arm.name, seed].log.as_posix(): failed.get(
+                scores.runs[arm.data, arm.name, seed].name, ""
+            )
+            for seed in seeds
+            if seed not in found
+        }
+        metrics = {metric: [of_run["metrics"][metric] for of_run in found.values()] for metric in METRICS}
+        rows.append({"data": arm.data, "arm": arm.name, "title": arm.title, "metrics": metrics, "failed": reasons})
+    for name in dict.fromkeys(arm.data for arm in experiment.arms):
+        arm = next(arm for arm in experiment.arms if arm.data == name)
+        of_seeds = [scores.floors(arm, seed) for seed in seeds]
+        for floor in of_seeds[0]:
+            metrics = {metric: [of_seed[floor][metric] for of_seed in of_seeds] for metric in METRICS}
+            floors.append({"data": name, "floor": floor, "metrics": metrics})
+    return {
+        "experiment": experiment.name,
+        "title": experiment.title,
+        "seeds": list(seeds),
+        "rows": rows,
+        "floors": floors,
+        "differences": [
+            asdict(difference) | {"verdict": difference.verdict} for difference in _differences(experiment, each)
+        ],
+    }
+
+
+def _differences(
+    experiment: Experiment, each: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]]
+) -> list[Difference]:
+    """Of every claim, on every data set that has both of its arms."""
+    found = []
+    for data in dict.fromkeys(arm.data for arm in experiment.arms):
+        for claim in experiment.claims:
+            better, worse = each.get((data, claim.better), {}), each.get((data, claim.worse), {})
+            seeds = sorted(better.keys() & worse.keys())
+            if not seeds:
+                continue
+            values = [[better[seed][bag] - worse[seed][bag] for bag in sorted(worse[seed])] for seed in seeds]
+            margin = MARGIN * float(np.mean([np.mean(list(worse[seed].values())) for seed in seeds]))
+            interval = bootstrap_interval_over_seeds(values)
+            found.append(Difference(claim=claim, data=data, margin=margin, **interval))
+    return found
+
+
+# ── What is written ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _lead(scale: str, num_seeds: int) -> str:
+    seeds = f"{num_seeds} seeds, each of which draws split and training order; mean ± standard deviation over seeds."
+    if scale == "miniature":
+        return f"Generated data: the figures say how the mechanism behaves, nothing of real photos or slides. {seeds}"
+    return seeds
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return "failed"
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
+
+
+def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Arms, then floors: data set, title and metrics."""
+    rows = [
+        [row["data"], row["title"], *(spread(row["metrics"][metric]) for metric in METRICS)] for row in results["rows"]
+    ]
+    rows += [
+        [row["data"], f"floor: {row['floor']}", *(spread(row["metrics"][metric]) for metric in METRICS)]
+        for row in results["floors"]
+    ]
+    return rows
+
+
+def difference_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Claims with their intervals and verdicts."""
+    return [
+        [
+            difference["data"],
+            f"{difference['claim']['better']} - {difference['claim']['worse']}",
+            difference["claim"]["says"],
+            f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})",
+            f"±{difference['margin']:.3f}",
+            difference["verdict"],
+        ]
+        for difference in results["differences"]
+    ]
+
+
+DIFFERENCE_COLUMNS = ["data", "arms", "claim", "CIDEr, 95 % interval", "margin", "effect"]
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The table, the differences and what failed."""
+    seeds = ", ".join(map(str, results["seeds"]))
+    lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.", ""]
+    lines += _markdown_table(["data", "", *METRICS], table_rows(results))
+    if results["differences"]:
+        lines += ["", *_markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
+    for row in results["rows"]:
+        for log, reason in row["failed"].items():
+            lines += ["", f"Failed: {row['title']} on {row['data']} ({log}): {reason}"]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _write(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> None:
+    write_whole(out / f"{experiment.name}.json", json.dumps(results, indent=2) + "\n")
+    write_whole(out / f"{experiment.name}.md", as_markdown(results))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["data", "arm", "metric", "seed", "value"])
+    for row in results["rows"]:
+        for metric, values in row["metrics"].items():
+            for seed, value in zip(results["seeds"], values, strict=False):
+                writer.writerow([row["data"], row["arm"], metric, seed, value])
+    write_whole(out / f"{experiment.name}.csv", table.getvalue())
+    if experiment.curve is not None:
+        write_whole(out / f"{experiment.name}.png", draw_curve(experiment, results))
+
+
+def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
+    """CIDEr over the number of training pairs, a line a group of arms, with the standard deviation over seeds."""
+    assert experiment.curve is not None
+    label, lines = experiment.curve
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for line in lines:
+        points = []
+        for arm, row in zip(experiment.arms, results["rows"], strict=True):
+            values = row["metrics"]["CIDEr"]
+            if arm.name.startswith(f"{line}_") and values and arm.num_pairs is not None:
+                points.append((arm.num_pairs, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
+        if points:
+            x, y, error = zip(*points, strict=True)
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=line)
+    axes.set(xscale="log", xlabel=label, ylabel="CIDEr", title=experiment.title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Table | BarChart | Text | Examples]:
+    parts: list[Table | BarChart | Text | Examples] = [
+        Table(title=experiment.title, columns=["data", "", *METRICS], rows=table_rows(results))
+    ]
+    bars: dict[str, dict[str, float]] = {}
+    for row in results["rows"]:
+        if values := row["metrics"]["CIDEr"]:
+            bars.setdefault(row["data"], {})[row["title"]] = float(np.mean(values))
+    parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
+    if results["differences"]:
+        parts.append(
+            Table(
+                title=f"Effects: {experiment.name}",
+                note="Bootstrap over seeds and bags. Present: the interval lies above zero. Absent: it holds zero and "
+                f"lies within a margin fixed beforehand, {MARGIN:.0%} of the second arm's CIDEr.",
+                columns=DIFFERENCE_COLUMNS,
+                rows=difference_rows(results),
+            )
+        )
+    failures = [
+        f"{row['title']} on {row['data']} ({log}): {reason}"
+        for row in results["rows"]
+        for log, reason in row["failed"].items()
+    ]
+    if failures:
+        parts.append(Text(title=f"Failed: {experiment.name}", paragraphs=failures))
+    return parts

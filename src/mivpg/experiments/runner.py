@@ -1,0 +1,140 @@
+"""Runs, each in a process of its own, as many at once as there are cores: fine-tune, then caption.
+
+What is there already is not done again: a run that has written its captions is done, and one that was interrupted goes
+on from its newest checkpoint. A run that fails does not stop the others; its log says why.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mivpg.bags import select
+from mivpg.captioning import GenerationOptions, caption_file
+from mivpg.datasets import DatasetConfig
+from mivpg.errors import MivpgError
+from mivpg.files import last_json_line
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
+from mivpg.processing_mivpg import MivpgProcessor
+from mivpg.training import LOG_FILE, ModelConfig, TrainConfig, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A fine-tuning, if any, and the captions written after it."""
+
+    name: str
+    """Unique among those run together."""
+    log: Path
+    """What the process prints."""
+    model: ModelConfig
+    """What is captioned with where nothing is trained."""
+    training: TrainConfig | None = None
+    """Its `model` is the one above."""
+    captions: Mapping[Path, DatasetConfig]
+    """Where captions go, and the data set whose test split they are of."""
+    generation: GenerationOptions
+    prompt: str
+    num_steps: int = 0
+    """Optimizer steps, for the progress bar."""
+    cost: float = field(default=1.0, compare=False)
+    """How long it takes beside others; the longest runs first, so that none is left to run alone."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all captions are there, which come after everything else."""
+        return all(file.exists() for file in self.captions)
+
+    @property
+    def num_logged_steps(self) -> int:
+        """Steps that its training has logged."""
+        if self.training is None:
+            return 0
+        last = last_json_line(self.training.output_dir / LOG_FILE)
+        return 0 if last is None else int(last["step"])
+
+
+def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[str, str]:
+    """Runs what is not done yet, one thread a run; a bar counts optimizer steps.
+
+    Args:
+        runs: In any order.
+        num_processes: At once; by default one a core.
+
+    Returns:
+        Of the runs that failed, the last line of their logs.
+    """
+    waiting = sorted((run for run in runs if not run.is_done), key=lambda run: -run.cost)
+    for run in waiting:
+        run.log.parent.mkdir(parents=True, exist_ok=True)
+        for file in run.captions:
+            file.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    running: dict[str, tuple[Run, Any]] = {}
+    failed: dict[str, str] = {}
+    done = sum(run.num_steps for run in runs if run.is_done)
+    progress = tqdm(total=sum(run.num_steps for run in runs), initial=done, unit="step", disable=None)
+    try:
+        while waiting or running:
+            while waiting and len(running) < (num_processes or os.cpu_count() or 1):
+                run = waiting.pop(0)
+                process = context.Process(target=_run_one, args=(run,), daemon=True)
+                # Ctrl-C is the parent's, which ends its children: they inherit that they do not hear it.
+                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                process.start()
+                signal.signal(signal.SIGINT, heard)
+                running[run.name] = (run, process)
+            progress.update(done + sum(run.num_logged_steps for run, _ in running.values()) - progress.n)
+            for name, (run, process) in list(running.items()):
+                process.join(timeout=0.2)
+                if process.exitcode is None:
+                    continue
+                del running[name]
+                done += run.num_steps
+                if process.exitcode == 0:
+                    tqdm.write(f"  {name} is done")
+                    continue
+                log = run.log.read_text(encoding="utf-8").strip().splitlines() if run.log.exists() else []
+                failed[name] = log[-1] if log else f"exit code {process.exitcode}"
+                tqdm.write(f"  {name} failed ({run.log}): {failed[name]}")
+    finally:
+        progress.close()
+        for _, process in running.values():
+            process.kill()
+            process.join()
+    return failed
+
+
+def _run_one(run: Run) -> None:
+    """What happens in a run's process."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with run.log.open("a", encoding="utf-8") as log:
+        sys.stdout = sys.stderr = log
+        try:
+            if run.training is None:
+                model, processor = run.model.load()
+            else:
+                folder = train(run.training, resume=True)
+                model = MivpgForConditionalGeneration.from_pretrained(folder)
+                processor = MivpgProcessor.from_pretrained(folder)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            for file, dataset in run.captions.items():
+                if not file.exists():
+                    samples = select(dataset.load(), "test")
+                    caption_file(
+                        model, processor, samples, file, generation=run.generation, prompt=run.prompt, batch_size=50
+                    )
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
+            raise SystemExit(1) from error

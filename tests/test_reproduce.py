@@ -1,0 +1,237 @@
+"""`mivpg reproduce` end to end at a size that says nothing, and its statistics against what they should be."""
+
+import csv
+import dataclasses
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from mivpg.captioning import GenerationOptions
+from mivpg.errors import MivpgError
+from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
+from mivpg.experiments import data, reproduce
+from mivpg.experiments.data import MINIATURE, PAPER, SCALES
+from mivpg.experiments.paper import Claim, experiments
+from mivpg.experiments.reproduce import Difference
+from mivpg.miniature.catalogue import make_catalogue
+from mivpg.miniature.coco import make_coco
+from mivpg.miniature.patch_gastric import make_patch_gastric
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def tiny_scale():
+    """The miniature with a few bags and one epoch."""
+    draws = {
+        "products": lambda root: make_catalogue(root, num_products=20, seed=0),
+        "slides": lambda root: make_patch_gastric(root, num_slides=40, mean_patches=6, seed=0),
+        "scenes": lambda root: make_coco(root, num_pictures=20, seed=0),
+    }
+    settings = {
+        name: dataclasses.replace(
+            MINIATURE.settings[name],
+            draw=draw,
+            training=dict(MINIATURE.settings[name].training) | {"num_train_epochs": 1},
+            generation=GenerationOptions(num_beams=1, max_new_tokens=8),
+        )
+        for name, draw in draws.items()
+    }
+    return dataclasses.replace(MINIATURE, settings=settings, subset_sizes=(16, 32))
+
+
+def few_arms(scale):
+    """A table, another that shares an arm with it, and a figure; a run takes seconds, most of them to start."""
+    known = experiments(scale)
+    chosen = {
+        "table2": {("products", "zero_shot"), ("products", "without_csa"), ("products", "csa")},
+        "table3": {("products", "csa"), ("slides", "csa"), ("slides", "induced")},
+        "figure4": {("scenes", f"{name}_16") for name in ("none", "ppeg")},
+    }
+    return {
+        name: dataclasses.replace(
+            known[name], arms=tuple(arm for arm in known[name].arms if (arm.data, arm.name) in those)
+        )
+        for name, those in chosen.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Every experiment with two seeds, and one run that fails."""
+    out = tmp_path_factory.mktemp("reproduce") / "out"
+    patch = pytest.MonkeyPatch()
+    patch.setitem(SCALES, "miniature", tiny_scale())
+    patch.setattr(reproduce, "experiments", few_arms)
+    broken = out / "runs" / "slides" / "seed-1" / "induced"
+
+    def claim(folder, scale):
+        original(folder, scale)
+        if not (out / "runs").exists():
+            broken.mkdir(parents=True)
+            (broken / "stranger.txt").write_text("here first")
+
+    original = reproduce._claim
+    patch.setattr(reproduce, "_claim", claim)
+    try:
+        results = reproduce.reproduce(["all"], scale="miniature", out=out, num_seeds=2)
+        yield out, results
+    finally:
+        patch.undo()
+
+
+def test_every_arm_has_its_scores(whole):
+    out, results = whole
+    assert results.keys() == few_arms(MINIATURE).keys()
+    for name, found in results.items():
+        for row in found["rows"]:
+            expected = 1 if (row["data"], row["arm"]) == ("slides", "induced") else 2
+            assert all(len(values) == expected for values in row["metrics"].values()), (name, row["arm"])
+        assert json.loads((out / f"{name}.json").read_text()) == found
+        assert {floor["data"] for floor in found["floors"]} == {row["data"] for row in found["rows"]}
+
+
+def test_an_arm_that_fails_leaves_the_others(whole):
+    out, results = whole
+    row = next(row for row in results["table3"]["rows"] if (row["data"], row["arm"]) == ("slides", "induced"))
+    ((log, reason),) = row["failed"].items()
+    assert Path(log) == out / "logs" / "slides" / "seed-1" / "induced.txt"
+    assert "stranger.txt" not in reason and "config.yaml" in reason
+    assert "Failed: MIVPG, induced" in (out / "table3.md").read_text()
+    assert "Failed: table3" in (out / "report.html").read_text()
+
+
+def test_tables_can_be_read_by_machines(whole):
+    out, results = whole
+    with (out / "table2.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    of_csa = [float(row["value"]) for row in rows if row["arm"] == "csa" and row["metric"] == "CIDEr"]
+    assert of_csa == next(row for row in results["table2"]["rows"] if row["arm"] == "csa")["metrics"]["CIDEr"]
+    assert (out / "figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arm_of_two_tables_is_run_once(whole):
+    out, results = whole
+    assert len(list((out / "runs" / "products" / "seed-0").iterdir())) == 2  # zero-shot trains nothing
+    of_csa = [
+        next(row for row in results[name]["rows"] if (row["data"], row["arm"]) == ("products", "csa"))
+        for name in ("table2", "table3")
+    ]
+    assert of_csa[0] == of_csa[1]
+
+
+def test_arms_differ_in_what_the_table_says_alone(whole):
+    out, _ = whole
+    folders = sorted((out / "runs" / "products" / "seed-0").iterdir())
+    configs = {folder.name: yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders}
+    for config in configs.values():
+        for name in ("patch_pooling", "instance_correlation"):
+            config["model"][name] = None
+        config["dataset"]["features"] = config["output_dir"] = None
+    assert all(config == configs["csa"] for config in configs.values())
+
+
+def test_seeds_draw_split_and_order(whole):
+    out, _ = whole
+    first, second = (
+        yaml.safe_load((out / "runs" / "slides" / f"seed-{seed}" / "csa" / "config.yaml").read_text())
+        for seed in (0, 1)
+    )
+    assert first["seed"] != second["seed"]
+    assert first["dataset"]["patch_gastric"]["split_seed"] != second["dataset"]["patch_gastric"]["split_seed"]
+
+
+def test_a_second_run_does_what_is_missing(whole, capsys):
+    out, results = whole
+    times = {file: file.stat().st_mtime_ns for file in (out / "captions").rglob("*.jsonl")}
+    lost = out / "captions" / "products" / "seed-0" / "csa.jsonl"
+    captions = lost.read_bytes()
+    lost.unlink()
+    shutil.rmtree(out / "runs" / "slides" / "seed-1" / "induced")
+    again = reproduce.reproduce(["table3"], scale="miniature", out=out, num_seeds=2)
+    assert lost.read_bytes() == captions
+    assert {file: file.stat().st_mtime_ns for file in times if file != lost} == {
+        file: time for file, time in times.items() if file != lost
+    }
+    row = next(row for row in again["table3"]["rows"] if (row["data"], row["arm"]) == ("slides", "induced"))
+    assert len(row["metrics"]["CIDEr"]) == 2 and not row["failed"]
+    assert again["table3"]["rows"][0] == results["table3"]["rows"][0]
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(MivpgError, match="no experiment 'table9'"):
+        reproduce.reproduce(["table9"], scale="miniature", out=tmp_path / "out")
+    with pytest.raises(MivpgError, match="needs --data-root"):
+        reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "out")
+    with pytest.raises(MivpgError, match=r"abo does not exist, expected Amazon Berkeley Objects.*abo-listings.tar"):
+        reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "out", data_root=tmp_path / "data")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(MivpgError, match="is in use"):
+        reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "used")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "reproduce.json").write_text('{"scale": "paper"}')
+    with pytest.raises(MivpgError, match="scale 'paper'"):
+        reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("scale", [MINIATURE, PAPER], ids=lambda scale: scale.name)
+@pytest.mark.parametrize(("name", "folder"), [("products", "abo"), ("slides", "patch_gastric"), ("scenes", "coco")])
+def test_settings_are_those_of_the_configs(scale, name, folder):
+    """What `mivpg train configs/…` runs is what the tables run."""
+    config = yaml.safe_load((CONFIGS / scale.name / f"{folder}.yaml").read_text())
+    settings = scale.settings[name]
+    for field, value in settings.training.items():
+        assert config[field] == value, field
+    generation = dataclasses.asdict(settings.generation)
+    assert config["validation"] == generation
+    assert config["model"]["max_caption_tokens"] == settings.max_caption_tokens
+    assert config["prompt"] == reproduce.PROMPT
+    if scale is PAPER:
+        assert config["model"]["base"] == scale.base
+    assert f"_{settings.tokens}_" in config["dataset"]["features"]
+    assert data.NAMES[name][0] == folder
+
+
+class TestStatistics:
+    def test_of_one_seed_it_is_the_bootstrap_over_bags(self):
+        values = [random.Random(seed).gauss(0.3, 1) for seed in range(300)]
+        one, other = bootstrap_interval_over_seeds([values]), bootstrap_interval(values)
+        assert one["mean"] == pytest.approx(other["mean"])
+        assert one["low"] == pytest.approx(other["low"], abs=0.02)
+        assert one["high"] == pytest.approx(other["high"], abs=0.02)
+
+    def test_seeds_that_differ_make_it_wide(self):
+        generator = np.random.default_rng(0)
+        alike = [generator.normal(0.5, 1, 400) for _ in range(3)]
+        unlike = [generator.normal(mean, 1, 400) for mean in (-0.5, 0.5, 1.5)]
+        narrow, wide = bootstrap_interval_over_seeds(alike), bootstrap_interval_over_seeds(unlike)
+        assert narrow["high"] - narrow["low"] < 0.4 < 1 < wide["high"] - wide["low"]
+
+    def test_it_covers_the_truth_about_as_often_as_it_says(self):
+        """Bags vary, seeds do not: then 95 % intervals over three seeds cover at least nine times of ten."""
+        generator = np.random.default_rng(1)
+        covers = 0
+        for _ in range(100):
+            interval = bootstrap_interval_over_seeds([generator.normal(0, 1, 50) for _ in range(3)])
+            covers += interval["low"] < 0 < interval["high"]
+        assert covers >= 90
+
+    @pytest.mark.parametrize(
+        ("low", "high", "verdict"),
+        [
+            (0.01, 0.3, "present"),
+            (-0.3, -0.01, "the other way round"),
+            (-0.05, 0.09, "absent"),
+            (-0.05, 0.2, "inconclusive"),
+            (-0.2, 0.05, "inconclusive"),
+        ],
+    )
+    def test_verdicts(self, low, high, verdict):
+        claim = Claim(better="a", worse="b", says="a is better")
+        difference = Difference(claim=claim, data="slides", mean=(low + high) / 2, low=low, high=high, margin=0.1)
+        assert difference.verdict == verdict
