@@ -80,7 +80,7 @@ def test_prompts_are_the_formula(hidden_size: int, record_property) -> None:
     for i, length in enumerate(LENGTHS):
         expected = expected_prompts(model, image_embeds[i, :length].double().flatten(0, 1).numpy())
         error = np.abs(prompts.embeds[i].detach().numpy() - expected).max()
-        record_property("Perceiver Resampler against numpy", error)
+        record_property("Perceiver Resampler against numpy", float(error))
         assert error < 1e-10
     assert prompts.weights is None
     assert prompts.loss is None
@@ -121,7 +121,7 @@ def test_is_transformers_idefics_with_gelu(record_property) -> None:
     for _, feed_forward in idefics.blocks:
         feed_forward.act = nn.GELU()
     error = (model(image_embeds).embeds - idefics(image_embeds.flatten(1, 2))).abs().max().item()
-    record_property("Perceiver Resampler against IDEFICS with GELU", error)
+    record_property("Perceiver Resampler against IDEFICS with GELU", float(error))
     assert error < 1e-10
 
 

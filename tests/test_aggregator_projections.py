@@ -72,7 +72,7 @@ def test_prompts_are_the_formula(kind: str, record_property) -> None:
         rows = [row for image in image_embeds[i, :length].double() for row in expected_prompts(kind, model, image)]
         expected = torch.tensor(rows, dtype=torch.float64)
         error = (prompts.embeds[i, : len(rows)] - expected).abs().max().item()
-        record_property("projections against Python's floats", error)
+        record_property("projections against Python's floats", float(error))
         assert error < 1e-12
         assert expected.abs().max() > 0.1
         assert not prompts.embeds[i, len(rows) :].any()

@@ -1,4 +1,4 @@
-"""Bags with labels: every aggregator under the classifier, scores against scikit-learn's, cross-validation, resumption."""
+"""Bags with labels: every aggregator under the classifier, scores, cross-validation, and going on where it stopped."""
 
 import dataclasses
 import json

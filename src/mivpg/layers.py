@@ -341,7 +341,10 @@ class NystromSelfAttention(InstanceCorrelation):
         return F.pad(states, (0, 0, shortfall, 0)).unflatten(2, (num_segments, segment)).sum(dim=3) / counts
 
     def correlate(self, bag: Tensor) -> Tensor:
-        """One bag (1, M, D) -> (1, M, H): softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V + conv(V)."""
+        """Bags of one length (B, M, D) -> (B, M, H).
+
+        softmax(Q K~^T) pinv(softmax(Q~ K~^T)) softmax(Q~ K^T) V + conv(V)
+        """
         query = self.heads(self.query(bag)) * self.scaling  # (1, A, M, H/A)
         key, value = self.heads(self.key(bag)), self.heads(self.value(bag))
         query_landmarks, key_landmarks = self.landmarks(query), self.landmarks(key)  # (1, A, m, H/A)

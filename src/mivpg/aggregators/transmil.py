@@ -15,7 +15,7 @@ from mivpg.layers import BagGrid, NystromSelfAttention, PyramidPositionEncoding,
 
 
 class NystromLayer(nn.Module):
-    """`s <- s + dropout(W_o Nystrom(LN(s)))`; there is no feed-forward."""
+    """`s <- s + dropout(W_o Nystrom(LN(s)))`; there is no feed-forward, as with its authors."""
 
     def __init__(self, config: MivpgQFormerConfig, dropout: float):
         super().__init__()
@@ -25,16 +25,17 @@ class NystromLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
-        """One bag (1, L, d), unpadded."""
+        """Bags of one length (B, L, d)."""
         return states + self.dropout(self.attention.output(self.attention.correlate(self.norm(states))))
 
 
 class TransMil(BagVectorAggregator):
     """TransMIL.
 
-    Landmarks and PPEG's square depend on the order and the length of a bag, so bags are run one by one, and a shuffled
-    bag gives another vector. The authors fill the square with copies of the first instances, which then take part in
-    attention; here filling happens inside PPEG alone. Where coordinates are known PPEG uses them.
+    Landmarks and PPEG's square depend on the order and the length of a bag, so only bags of one length are run
+    together, never padded, and a shuffled bag gives another vector. The authors fill the square with copies of the
+    first instances, which then take part in attention; here filling happens inside PPEG alone. Where coordinates are
+    known PPEG uses them.
 
     Args:
         image_embeds_size: D.
@@ -95,16 +96,21 @@ class TransMil(BagVectorAggregator):
                 f"image_coords are of images, and these have {image_embeds.shape[2]} tokens each; pool their patches."
             )
         instances, mask = flat_instances(image_embeds, image_mask)
+        lengths = mask.sum(dim=1).tolist()
+        rows: list[int] = []
         vectors = []
-        for index, length in enumerate(mask.sum(dim=1).tolist()):
-            cells = None if image_coords is None else [lattice_cells(image_coords[index, :length])]
-            vectors.append(self.bag_vector(instances[index : index + 1, :length], BagGrid([length], cells)))
-        return self.as_prompts(torch.cat(vectors))
+        for length in sorted(set(lengths)):
+            those = [row for row, other in enumerate(lengths) if other == length]
+            cells = None if image_coords is None else [lattice_cells(image_coords[row, :length]) for row in those]
+            vectors.append(self.bag_vectors(instances[those, :length], BagGrid([length] * len(those), cells)))
+            rows += those
+        return self.as_prompts(torch.cat(vectors)[torch.tensor(rows, device=instances.device).argsort()])
 
-    def bag_vector(self, bag: Tensor, grid: BagGrid) -> Tensor:
-        """One bag (1, M, D), all of it real, to (1, d)."""
+    def bag_vectors(self, bags: Tensor, grid: BagGrid) -> Tensor:
+        """Bags of one length (B, M, D), all of it real, to (B, d)."""
         first, second = self.layers
-        states = first(torch.cat([self.class_token, self.embed(bag)], dim=1))
+        class_token = self.class_token.expand(len(bags), -1, -1)
+        states = first(torch.cat([class_token, self.embed(bags)], dim=1))
         placed = self.position_encoding(states[:, 1:], grid)
         states = second(torch.cat([states[:, :1], placed], dim=1))
         return self.norm(states[:, 0])

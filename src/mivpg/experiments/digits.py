@@ -76,7 +76,11 @@ ARMS = (
     DigitArm(name="dtfd_mil", title="DTFD-MIL", options={"aggregator": "dtfd_mil"}),
     DigitArm(name="deep_sets", title="DeepSets", options={"aggregator": "deep_sets"}),
     DigitArm(name="set_transformer", title="Set Transformer", options={"aggregator": "set_transformer"}),
-    DigitArm(name="transmil", title="TransMIL", options={"aggregator": "transmil"}),
+    DigitArm(
+        name="transmil",
+        title="TransMIL",
+        options={"aggregator": "transmil", "aggregator_options": {"size": 128, "num_heads": 4}},
+    ),
     DigitArm(
         name="perceiver",
         title="Perceiver",
