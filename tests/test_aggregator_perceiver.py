@@ -242,5 +242,5 @@ def test_learns_whether_any_instance_has_a_feature() -> None:
 
 @pytest.mark.parametrize("field", ["depth", "num_heads", "head_size", "ff_mult"])
 def test_options_are_checked(field: str) -> None:
-    with pytest.raises(MivpgError, match=f"{field} is 0, expected at least 1"):
+    with pytest.raises(MivpgError, match=f"{field} is 0, expected an integer of at least 1"):
         PerceiverResampler(WIDTH, num_prompts=1, hidden_size=HIDDEN_SIZE, **{field: 0})

@@ -5,11 +5,14 @@ An aggregator is made from the width of the image embeddings, and reads bags as 
 the model pools an image's patches first, P is 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from mivpg.errors import MivpgError
 
 
 @dataclass
@@ -36,12 +39,16 @@ class Aggregator(nn.Module):
         image_embeds_size: D.
         num_prompts: T, or the prompts of one image where `per_image`.
         hidden_size: H, the width of the prompts.
+
+    Raises:
+        MivpgError: One of them is below 1; names it.
     """
 
     per_image: ClassVar[bool] = False
     """Whether the number of prompts grows with the number of images."""
 
     def __init__(self, image_embeds_size: int, num_prompts: int, hidden_size: int):
+        check_counts(image_embeds_size=image_embeds_size, num_prompts=num_prompts, hidden_size=hidden_size)
         super().__init__()
         self.image_embeds_size = image_embeds_size
         self.prompts_each = num_prompts
@@ -72,7 +79,11 @@ class BagVectorAggregator(Aggregator):
     """
 
     def __init__(self, image_embeds_size: int, bag_size: int, *, num_prompts: int = 1, hidden_size: int | None = None):
-        super().__init__(image_embeds_size, 1 if hidden_size is None else num_prompts, hidden_size or bag_size)
+        super().__init__(
+            image_embeds_size,
+            1 if hidden_size is None else num_prompts,
+            bag_size if hidden_size is None else hidden_size,
+        )
         self.expand = None if hidden_size is None else nn.Linear(bag_size, num_prompts * hidden_size)
 
     def as_prompts(self, bag: Tensor, weights: Tensor | None = None) -> VisualPrompts:
@@ -105,6 +116,7 @@ class ScoringAggregator(nn.Module):
     """
 
     def __init__(self, image_embeds_size: int, num_labels: int):
+        check_counts(image_embeds_size=image_embeds_size, num_labels=num_labels)
         super().__init__()
         self.image_embeds_size = image_embeds_size
         self.num_labels = num_labels
@@ -118,6 +130,25 @@ class ScoringAggregator(nn.Module):
     ) -> BagScores:
         """Bags (B, N, P, D) and labels (B,), integers, to scores."""
         raise NotImplementedError
+
+
+def check_counts(**options: int) -> None:
+    """Raises a `MivpgError` that names the option where one is below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise MivpgError(f"{name} is {value!r}, expected an integer of at least 1.")
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises a `MivpgError` where it is no probability below 1."""
+    if not 0 <= dropout < 1:
+        raise MivpgError(f"dropout is {dropout!r}, expected a number from 0 to below 1.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a `MivpgError` that names the option where its value is none of the choices."""
+    if value not in choices:
+        raise MivpgError(f"{name} is {value!r}, expected one of {', '.join(choices)}.")
 
 
 def flat_instances(image_embeds: Tensor, image_mask: Tensor | None) -> tuple[Tensor, Tensor]:

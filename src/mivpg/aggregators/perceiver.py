@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mivpg.aggregators.base import Aggregator, VisualPrompts, flat_instances
-from mivpg.errors import MivpgError
+from mivpg.aggregators.base import Aggregator, VisualPrompts, check_counts, flat_instances
 
 
 class PerceiverResampler(Aggregator):
@@ -48,10 +47,7 @@ class PerceiverResampler(Aggregator):
         ff_mult: int = 4,
     ):
         super().__init__(image_embeds_size, num_prompts, hidden_size)
-        options = {"depth": depth, "num_heads": num_heads, "head_size": head_size, "ff_mult": ff_mult}
-        for field, value in options.items():
-            if value < 1:
-                raise MivpgError(f"{field} is {value!r}, expected at least 1.")
+        check_counts(depth=depth, num_heads=num_heads, head_size=head_size, ff_mult=ff_mult)
         self.latents = nn.Parameter(torch.empty(num_prompts, image_embeds_size))  # X_0
         self.blocks = nn.ModuleList(
             PerceiverBlock(image_embeds_size, num_heads, head_size, ff_mult) for _ in range(depth)

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mivpg.aggregators.base import BagVectorAggregator, VisualPrompts, flat_instances, masked_softmax
+from mivpg.aggregators.base import (
+    BagVectorAggregator,
+    VisualPrompts,
+    check_choice,
+    check_counts,
+    check_dropout,
+    flat_instances,
+    masked_softmax,
+)
 from mivpg.errors import MivpgError
 
 ATTENTION_SIZE = 128
@@ -95,8 +103,10 @@ class EmbeddingPooling(BagVectorAggregator):
         layer_sizes: Sequence[int] = (256, 128, 64),
         dropout: float = 0.5,
     ):
-        if pooling not in POOLINGS:
-            raise MivpgError(f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}.")
+        check_choice("pooling", pooling, POOLINGS)
+        check_dropout(dropout)
+        if not layer_sizes or min(layer_sizes) < 1:
+            raise MivpgError(f"layer_sizes are {list(layer_sizes)}, expected at least one, all positive.")
         super().__init__(image_embeds_size, layer_sizes[-1], num_prompts=num_prompts, hidden_size=hidden_size)
         self.pooling = pooling
         self.embed = relu_layers(image_embeds_size, layer_sizes)
@@ -141,6 +151,7 @@ class AttentionMil(BagVectorAggregator):
         embed_size: int = 500,
         gated: bool = False,
     ):
+        check_counts(embed_size=embed_size)
         super().__init__(image_embeds_size, embed_size, num_prompts=num_prompts, hidden_size=hidden_size)
         self.embed = nn.Sequential(nn.Linear(image_embeds_size, embed_size), nn.ReLU())
         self.projection = nn.Linear(embed_size, ATTENTION_SIZE)  # V
@@ -180,6 +191,7 @@ class DeepSets(BagVectorAggregator):
         hidden_size: int | None = None,
         layer_size: int = 128,
     ):
+        check_counts(layer_size=layer_size)
         super().__init__(image_embeds_size, layer_size, num_prompts=num_prompts, hidden_size=hidden_size)
         self.phi = relu_layers(image_embeds_size, [layer_size] * 4)[:-1]  # the last layer has no ReLU
         self.rho = relu_layers(layer_size, [layer_size] * 4)[:-1]
@@ -193,13 +205,7 @@ class DeepSets(BagVectorAggregator):
 
 
 def relu_layers(size: int, sizes: Sequence[int]) -> nn.Sequential:
-    """Linear layers of these widths, a ReLU after each.
-
-    Raises:
-        MivpgError: There is none, or one of no width.
-    """
-    if not sizes or min(sizes) < 1:
-        raise MivpgError(f"layer sizes are {list(sizes)}, expected at least one, all positive.")
+    """Linear layers of these widths, a ReLU after each."""
     layers: list[nn.Module] = []
     for before, after in zip([size, *sizes], sizes, strict=False):
         layers += [nn.Linear(before, after), nn.ReLU()]

@@ -6,7 +6,7 @@ B bags, N images a bag, P tokens an image, D their width, K prompts an image, H 
 import torch
 from torch import Tensor, nn
 
-from mivpg.aggregators.base import Aggregator, VisualPrompts
+from mivpg.aggregators.base import Aggregator, VisualPrompts, check_dropout
 from mivpg.errors import MivpgError
 from mivpg.layers import scatter_real
 
@@ -77,8 +77,7 @@ class PooledProjection(Aggregator):
 
     def __init__(self, image_embeds_size: int, *, num_prompts: int, hidden_size: int, dropout: float = 0.0):
         super().__init__(image_embeds_size, num_prompts, hidden_size)
-        if not 0 <= dropout < 1:
-            raise MivpgError(f"dropout is {dropout!r}, expected a number from 0 to below 1.")
+        check_dropout(dropout)
         self.projection = nn.Sequential(
             nn.Linear(image_embeds_size, num_prompts * hidden_size),
             nn.Unflatten(-1, (num_prompts, hidden_size)),

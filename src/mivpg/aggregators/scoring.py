@@ -5,13 +5,21 @@ G pseudo-bags, F width of the features. Every mean and softmax over instances is
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mivpg.aggregators.base import BagScores, ScoringAggregator, flat_instances, masked_softmax
+from mivpg.aggregators.base import (
+    BagScores,
+    ScoringAggregator,
+    check_choice,
+    check_counts,
+    check_dropout,
+    flat_instances,
+    masked_softmax,
+)
 from mivpg.errors import MivpgError
 from mivpg.layers import scatter_real
 
@@ -61,10 +69,8 @@ class InstanceNet(ScoringAggregator):
     """
 
     def __init__(self, image_embeds_size: int, *, num_labels: int = 1, pooling: str = "max", dropout: float = 0.5):
-        _check_count("num_labels", num_labels)
-        _check_choice("pooling", pooling, POOLINGS)
-        if not 0 <= dropout < 1:
-            raise MivpgError(f"dropout is {dropout!r}, expected a number from 0 to below 1.")
+        check_choice("pooling", pooling, POOLINGS)
+        check_dropout(dropout)
         super().__init__(image_embeds_size, num_labels)
         self.pooling = pooling
         self.score = nn.Sequential(
@@ -160,7 +166,6 @@ class DsMil(ScoringAggregator):
     """
 
     def __init__(self, image_embeds_size: int, *, num_labels: int = 1, project_values: bool = False):
-        _check_count("num_labels", num_labels)
         super().__init__(image_embeds_size, num_labels)
         self.instance_classifier = nn.Linear(image_embeds_size, num_labels)  # W
         self.query = nn.Sequential(
@@ -255,10 +260,8 @@ class DtfdMil(ScoringAggregator):
         distill: str = "afs",
         instances_per_group: int = 1,
     ):
-        _check_count("num_labels", num_labels)
-        _check_count("num_groups", num_groups)
-        _check_choice("distill", distill, DISTILLATIONS)
-        _check_count("instances_per_group", instances_per_group)
+        check_counts(num_groups=num_groups, instances_per_group=instances_per_group)
+        check_choice("distill", distill, DISTILLATIONS)
         super().__init__(image_embeds_size, num_labels)
         self.num_groups = num_groups
         self.distill = distill
@@ -324,13 +327,3 @@ class DtfdMil(ScoringAggregator):
             if self.distill == "max_min_s":
                 chosen.append(ranked[-self.instances_per_group :])
         return features[torch.cat(chosen)]
-
-
-def _check_choice(field: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise MivpgError(f"{field} is {value!r}, expected {', '.join(choices)}.")
-
-
-def _check_count(field: str, value: int) -> None:
-    if value < 1:
-        raise MivpgError(f"{field} is {value!r}, expected an integer of at least 1.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mivpg.aggregators.base import Aggregator, VisualPrompts, flat_instances
+from mivpg.aggregators.base import Aggregator, VisualPrompts, check_counts, flat_instances
 from mivpg.errors import MivpgError
 
 
@@ -30,11 +30,9 @@ class AttentionBlock(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries (B, L, ·) and keys (B, M, ·) with mask (B, M) to (B, L, d)."""
         query, key, value = self.query(queries), self.key(keys), self.value(keys)
-        states = F.scaled_dot_product_attention(
-            *(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)),
-            attn_mask=None if mask is None else mask[:, None, None],
-            scale=query.shape[-1] ** -0.5,
-        )
+        by_head = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+        attention_mask = None if mask is None else mask[:, None, None]
+        states = F.scaled_dot_product_attention(*by_head, attention_mask, scale=query.shape[-1] ** -0.5)
         states = self.norms[0](query + states.transpose(1, 2).flatten(2))
         return self.norms[1](states + self.feed_forward(states).relu())
 
@@ -71,7 +69,7 @@ class SetTransformer(Aggregator):
         layer_norm: After each half of a MAB; off by default, as there.
 
     Raises:
-        MivpgError: `size` is no multiple of `num_heads`.
+        MivpgError: A number is below 1, or `size` no multiple of `num_heads`.
     """
 
     def __init__(
@@ -85,9 +83,10 @@ class SetTransformer(Aggregator):
         num_points: int = 32,
         layer_norm: bool = False,
     ):
+        check_counts(size=size, num_heads=num_heads, num_points=num_points)
         if size % num_heads:
             raise MivpgError(f"size is {size}, expected a multiple of num_heads, {num_heads}.")
-        super().__init__(image_embeds_size, num_prompts, hidden_size or size)
+        super().__init__(image_embeds_size, num_prompts, size if hidden_size is None else hidden_size)
         self.encoder = nn.ModuleList(
             InducedBlock(input_size, size, num_heads, num_points, layer_norm=layer_norm)
             for input_size in (image_embeds_size, size)

@@ -8,7 +8,7 @@ B bags, N images a bag, M = N P instances, D their width, d the width inside.
 import torch
 from torch import Tensor, nn
 
-from mivpg.aggregators.base import BagVectorAggregator, VisualPrompts, flat_instances
+from mivpg.aggregators.base import BagVectorAggregator, VisualPrompts, check_counts, check_dropout, flat_instances
 from mivpg.configuration_mivpg import MivpgQFormerConfig
 from mivpg.errors import MivpgError
 from mivpg.layers import BagGrid, NystromSelfAttention, PyramidPositionEncoding, lattice_cells
@@ -64,6 +64,8 @@ class TransMil(BagVectorAggregator):
         pinv_iterations: int = 6,
         dropout: float = 0.1,
     ):
+        check_counts(size=size, num_heads=num_heads, num_landmarks=num_landmarks, pinv_iterations=pinv_iterations)
+        check_dropout(dropout)
         if size % num_heads:
             raise MivpgError(f"size is {size}, expected a multiple of num_heads, {num_heads}.")
         super().__init__(image_embeds_size, size, num_prompts=num_prompts, hidden_size=hidden_size)
