@@ -2,6 +2,10 @@
 
 from collections import defaultdict
 
+import torch
+
+torch.set_num_threads(1)  # models of a few numbers run slower on two threads, many times so where others run beside them
+
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """One line a figure: the largest of all tests that recorded it, and how many did."""

@@ -380,9 +380,7 @@ def classify(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
     """
     from mivpg.classification import ClassifierConfig, cross_validate, load_labelled_bags
 
-    def start(
-        config: Annotated[ClassifierConfig | None, Parameter(name="*")] = None, *, bags: Path, out: Path
-    ) -> None:
+    def start(config: Annotated[ClassifierConfig | None, Parameter(name="*")] = None, *, bags: Path, out: Path) -> None:
         """Classify bags with one label each, in a cross-validation; a model is kept for each fold.
 
         Args:

@@ -33,7 +33,7 @@ from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.bag_file import BagFileConfig, write_bag_file
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
-from mivpg.experiments.runner import Run, run_all
+from mivpg.experiments.runner import FineTuning, run_all
 from mivpg.feature_files import read_features
 from mivpg.features import extract_features
 from mivpg.files import write_whole
@@ -217,7 +217,7 @@ def _recombine(folder: Path, sample: Sample, other: Sample | None) -> Sample:
 # ── Arms ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arm_run(out: Path, config: DemoConfig, arm: Arm, num_pairs: int) -> Run:
+def arm_run(out: Path, config: DemoConfig, arm: Arm, num_pairs: int) -> FineTuning:
     """The run of an arm; between two arms only `model` and the photos differ."""
     model = ModelConfig(base=str(BASE_MODEL), **arm.model)
     training = TrainConfig(
@@ -232,7 +232,7 @@ def arm_run(out: Path, config: DemoConfig, arm: Arm, num_pairs: int) -> Run:
         validation=GENERATION,
         num_workers=0,
     )
-    return Run(
+    return FineTuning(
         name=arm.name,
         log=out / "logs" / f"{arm.name}.txt",
         model=model,

@@ -27,12 +27,20 @@ class AttentionBlock(nn.Module):
         self.feed_forward = nn.Linear(size, size)
         self.norms = nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for _ in range(2))
 
+    def by_head(self, states: Tensor) -> Tensor:
+        """(B, L, d) -> (B, heads, L, d / heads)."""
+        return states.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries (B, L, ·) and keys (B, M, ·) with mask (B, M) to (B, L, d)."""
         query, key, value = self.query(queries), self.key(keys), self.value(keys)
-        by_head = [part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
-        attention_mask = None if mask is None else mask[:, None, None]
-        states = F.scaled_dot_product_attention(*by_head, attention_mask, scale=query.shape[-1] ** -0.5)
+        states = F.scaled_dot_product_attention(
+            self.by_head(query),
+            self.by_head(key),
+            self.by_head(value),
+            attn_mask=None if mask is None else mask[:, None, None],
+            scale=query.shape[-1] ** -0.5,
+        )
         states = self.norms[0](query + states.transpose(1, 2).flatten(2))
         return self.norms[1](states + self.feed_forward(states).relu())
 

@@ -4,7 +4,7 @@ out/data/products|slides|scenes/   the miniatures, in the real data sets' files;
 out/features/…                     what the frozen vision model says of each image, computed once for all runs
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from mivpg.baselines.backbones import Backbone, load_backbone, slide_features
+from mivpg.baselines.pretraining import PretrainingConfig, pretrain_backbone
 from mivpg.captioning import GenerationOptions
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
@@ -29,6 +31,7 @@ from mivpg.miniature.patch_gastric import make_patch_gastric
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 
+BackboneName = Literal["densenet121", "efficientnet_b3"]
 DataName = Literal["products", "slides", "scenes"]
 View = Literal["all", "main"]
 """All images of a bag, or its first alone."""
@@ -64,6 +67,12 @@ class Scale:
     settings: Mapping[DataName, Settings]
     subset_sizes: tuple[int, ...]
     """Training pairs of Figure 4."""
+    recurrent: Mapping[str, Any]
+    """Fields of `BaselineConfig`, the recurrent decoder of Table 1."""
+    patch_size: int
+    """Pixels a side of a patch as Table 1's backbones see it; p3x3 gives one vector below 192, nine from 288 on."""
+    pretraining: Mapping[BackboneName, Mapping[str, Any]] | None
+    """Fields of `PretrainingConfig`; None = weights of the data root's folder `backbones`, else random ones."""
 
 
 NAMES: dict[DataName, tuple[str, str, str]] = {
@@ -118,6 +127,12 @@ MINIATURE = Scale(
         ),
     },
     subset_sizes=(250, 500, 1000, 2000),
+    recurrent={"embedding_dim": 64, "hidden_dim": 128, "num_epochs": 20},
+    patch_size=96,
+    pretraining={
+        "densenet121": {"num_pictures": 3000, "num_epochs": 1, "image_size": 96, "crop_size": 96},
+        "efficientnet_b3": {"num_pictures": 8000, "num_epochs": 1, "image_size": 96, "crop_size": 96},
+    },
 )
 
 _PAPER_TRAINING = {"learning_rate": 1e-5, "batch_size": 16, "bf16": True}
@@ -159,6 +174,9 @@ PAPER = Scale(
         ),
     },
     subset_sizes=(50_000, 100_000, 200_000, 560_000),
+    recurrent={},
+    patch_size=300,
+    pretraining=None,
 )
 
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (MINIATURE, PAPER)}
@@ -173,6 +191,9 @@ class ExperimentData:
     data_root: Path | None = None
     """The folder of the real data sets, at the paper's scale."""
     ready: set[tuple[DataName, View]] = field(default_factory=set)
+    stored: dict[DataName, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
+    """The features file of each bag."""
+    backbones: dict[BackboneName, Backbone] = field(default_factory=dict)
 
     def root(self, name: DataName) -> Path:
         """The folder with a data set's own files."""
@@ -222,6 +243,7 @@ class ExperimentData:
             tokens=settings.tokens,
             dtype=self.scale.store_dtype,
         )
+        self.stored[name] = {sample.id: [sample.features] for sample in stored if sample.features is not None}
         if view == "main":
             for sample in tqdm(stored, desc="first images", unit="bag", delay=1, leave=False, disable=None):
                 assert sample.features is not None
@@ -230,3 +252,34 @@ class ExperimentData:
                     first = read_features(sample.features)[0][:1].to(self.scale.store_dtype)
                     write_whole(file, save({"image_embeds": first}))
         self.ready.add((name, view))
+
+    def backbone(self, name: BackboneName) -> Backbone:
+        """A backbone of Table 1, at the miniature's scale first trained on generated patches."""
+        if name not in self.backbones:
+            weights: Path | None = None
+            if self.scale.pretraining is not None:
+                config = PretrainingConfig(name=name, **self.scale.pretraining[name])
+                weights = pretrain_backbone(self.out / "backbones" / name, config)
+            elif self.data_root is not None and (file := self.data_root / "backbones" / f"{name}.safetensors").exists():
+                weights = file
+            self.backbones[name] = load_backbone(name, weights)
+        return self.backbones[name]
+
+    def backbone_features(self, name: BackboneName, *, augmented: bool) -> Mapping[str, Sequence[Path]]:
+        """Files of every slide's features by a backbone of Table 1: four augmented copies, or the slide as it is."""
+        config = self.dataset("slides", "all", seed=0)
+        config.features = None
+        backbone = self.backbone(name)
+        return slide_features(
+            backbone.to("cuda" if torch.cuda.is_available() else "cpu"),
+            config.load(),
+            self.out / "features" / f"slides_{name}{'_augmented' * augmented}",
+            image_size=self.scale.patch_size,
+            augment=augmented,
+            num_copies=4 if augmented else 1,
+        )
+
+    def title(self, title: str, backbone: BackboneName | None) -> str:
+        """An arm's title, which says so where its backbone has random weights."""
+        used = None if backbone is None else self.backbones.get(backbone)
+        return title if used is None or "random" not in used.description else f"{title} (random weights)"

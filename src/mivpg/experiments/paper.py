@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mivpg.experiments.data import DataName, Scale, View
+from mivpg.experiments.data import BackboneName, DataName, Scale, View
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,12 @@ class Arm:
     trains: bool = True
     num_pairs: int | None = None
     """Training pairs of MSCOCO; None = all."""
+    recurrent: bool = False
+    """Whether the recurrent decoder of Table 1's baselines takes the place of MIVPG and the frozen language model."""
+    backbone: BackboneName | None = None
+    """What it reads features of; None = the features that MIVPG reads."""
+    augmented: bool = False
+    """Whether it trains on augmented copies of each slide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +77,27 @@ PRODUCT_CSA = _product("csa", "MIVPG", "csa")
 SLIDE_WITHOUT_CSA = _slide("without_csa", "MIVPG without CSA", "none")
 SLIDE_CSA = _slide("csa", "MIVPG", "csa")
 
+
+def _recurrent(backbone: BackboneName | None, title: str, *, augmented: bool = False) -> Arm:
+    return Arm(
+        name=f"recurrent_{backbone or 'vit'}{'_augmented' * augmented}",
+        title=f"Recurrent decoder, {title}{', augmented' * augmented}",
+        data="slides",
+        recurrent=True,
+        backbone=backbone,
+        augmented=augmented,
+    )
+
+
 TABLE1 = Experiment(
     name="table1",
     title="Table 1: slides, the CLS token of each patch an instance",
     arms=(
+        _recurrent("densenet121", "DenseNet121 p3x3"),
+        _recurrent("densenet121", "DenseNet121 p3x3", augmented=True),
+        _recurrent("efficientnet_b3", "EfficientNet-B3 p3x3"),
+        _recurrent("efficientnet_b3", "EfficientNet-B3 p3x3", augmented=True),
+        _recurrent(None, "CLS tokens of MIVPG's vision model"),
         SLIDE_WITHOUT_CSA,
         _slide("without_csa_ppeg", "MIVPG without CSA, PPEG", "none", "ppeg"),
         SLIDE_CSA,
@@ -82,6 +105,8 @@ TABLE1 = Experiment(
     ),
     claims=(
         Claim(better="csa", worse="without_csa", says="CSA helps on slides"),
+        Claim(better="csa", worse="recurrent_densenet121", says="MIVPG is better than the baselines"),
+        Claim(better="csa", worse="recurrent_vit", says="so it is on the same features"),
         Claim(better="csa_ppeg", worse="csa", says="PPEG helps on slides, whose patches have no known order"),
     ),
 )

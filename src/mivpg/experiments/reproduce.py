@@ -26,12 +26,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mivpg.bags import Sample, one_pair_a_reference, select
+from mivpg.baselines.training import BaselineConfig
 from mivpg.captioning import read_captions
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer, Meteor, bootstrap_interval_over_seeds, caption_floors, find_java
 from mivpg.experiments.data import SCALES, DataName, ExperimentData
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
-from mivpg.experiments.runner import Run, run_all
+from mivpg.experiments.runner import FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import write_whole
 from mivpg.report import BarChart, Examples, Table, Text, write_report
 from mivpg.training import ModelConfig, TrainConfig
@@ -41,6 +42,10 @@ PROMPT = "a photo of"
 
 MARGIN = 0.05
 """A difference in CIDEr is absent where its interval lies within this share of the worse arm's CIDEr around zero."""
+
+
+Key = tuple[DataName, str, int]
+"""Data set, arm, seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +107,18 @@ def reproduce(
             print(f"Data: {arm.data}, {arm.view} images …", flush=True)
             data.prepare(arm.data, arm.view)
     seeds = range(num_seeds)
-    runs = {(arm.data, arm.name, seed): _run(data, arm, seed) for arm in arms.values() for seed in seeds}
+    runs: dict[Key, Run] = {}
+    failed: dict[Key, str] = {}
+    for arm in arms.values():
+        for seed in seeds:
+            try:
+                runs[arm.data, arm.name, seed] = _run(data, arm, seed)
+            except MivpgError as error:  # the other arms can run
+                print(f"  {arm.data} {arm.name} cannot run: {error}", flush=True)
+                failed[arm.data, arm.name, seed] = str(error)
     print(f"Fine-tuning and captioning: {len(arms)} arms, {num_seeds} seeds …", flush=True)
-    failed = run_all(list(runs.values()))
+    reasons = run_all(list(runs.values()))
+    failed |= {key: f"{run.log}: {reasons[run.name]}" for key, run in runs.items() if run.name in reasons}
     print("Scoring …", flush=True)
     with closing(_Scores(data, runs)) as scores:
         results = {experiment.name: _results(experiment, seeds, scores, failed) for experiment in chosen}
@@ -132,6 +146,32 @@ def _claim(out: Path, scale: str) -> None:
 
 def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
     """The run of an arm with a seed."""
+    return _recurrent_decoder(data, arm, seed) if arm.recurrent else _fine_tuning(data, arm, seed)
+
+
+def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
+    dataset = data.dataset(arm.data, arm.view, seed)
+    place = Path(arm.data, f"seed-{seed}")
+    features = train_features = data.stored[arm.data]
+    made_by = f"the vision model of {data.scale.base}"
+    if arm.backbone is not None:
+        features = data.backbone_features(arm.backbone, augmented=False)
+        train_features = data.backbone_features(arm.backbone, augmented=True) if arm.augmented else features
+        made_by = data.backbone(arm.backbone).description
+    return RecurrentDecoder(
+        name=f"{arm.data} seed {seed} {arm.name}",
+        log=data.out / "logs" / place / f"{arm.name}.txt",
+        captions={data.out / "captions" / place / f"{arm.name}.jsonl": dataset},
+        dataset=dataset,
+        folder=data.out / "runs" / place / arm.name,
+        train_features=train_features,
+        features=features,
+        config=BaselineConfig(features_from=made_by, seed=seed, **data.scale.recurrent),
+        cost=100.0 * len(next(iter(train_features.values()))),
+    )
+
+
+def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> Run:
     settings = data.scale.settings[arm.data]
     dataset = data.dataset(arm.data, arm.view, seed, arm.num_pairs)
     place = Path(arm.data, f"seed-{seed}")
@@ -149,7 +189,7 @@ def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
     )
     num_pairs = len(one_pair_a_reference(select(dataset.load(), "train")))
     num_steps = training.num_train_epochs * math.ceil(num_pairs / training.batch_size) if arm.trains else 0
-    return Run(
+    return FineTuning(
         name=f"{arm.data} seed {seed} {arm.name}",
         log=data.out / "logs" / place / f"{arm.name}.txt",
         model=model,
@@ -165,7 +205,7 @@ def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
 class _Scores:
     """Scores of captions, each computed once: one METEOR for all."""
 
-    def __init__(self, data: ExperimentData, runs: Mapping[tuple[DataName, str, int], Run]) -> None:
+    def __init__(self, data: ExperimentData, runs: Mapping[Key, Run]) -> None:
         self.data = data
         self.runs = runs
         self.meteor = Meteor(find_java())
@@ -174,10 +214,10 @@ class _Scores:
     def close(self) -> None:
         self.meteor.end()
 
-    def scorer(self, run: Run, data: DataName, seed: int) -> tuple[CaptionScorer, list[Sample], list[Sample]]:
+    def scorer(self, data: DataName, seed: int) -> tuple[CaptionScorer, list[Sample], list[Sample]]:
         """The scorer of a test split, its bags, and those that floors draw from."""
         if (data, seed) not in self.scorers:
-            samples = next(iter(run.captions.values())).load()
+            samples = self.data.dataset(data, "all", seed).load()
             test = select(samples, "test")
             references = {sample.id: sample.captions for sample in test}
             scorer = CaptionScorer(references, METRICS, meteor=self.meteor)
@@ -186,16 +226,16 @@ class _Scores:
 
     def of_run(self, arm: Arm, seed: int) -> dict[str, Any] | None:
         """`metrics`, and `cider` of each bag; None where the run failed."""
-        run = self.runs[arm.data, arm.name, seed]
-        file = next(iter(run.captions))
-        if not file.exists():
+        run = self.runs.get((arm.data, arm.name, seed))
+        file = None if run is None else next(iter(run.captions))
+        if file is None or not file.exists():
             return None
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         cache = file.with_suffix(".scores.json")
         if cache.exists() and (known := json.loads(cache.read_text(encoding="utf-8")))["captions"] == digest:
             return known
         captions = read_captions(file)
-        scorer, _, _ = self.scorer(run, arm.data, seed)
+        scorer, _, _ = self.scorer(arm.data, seed)
         scores = {
             "captions": digest,
             "metrics": scorer.score(captions),
@@ -204,19 +244,18 @@ class _Scores:
         write_whole(cache, json.dumps(scores) + "\n")
         return scores
 
-    def floors(self, arm: Arm, seed: int) -> dict[str, dict[str, float]]:
+    def floors(self, data: DataName, seed: int) -> dict[str, dict[str, float]]:
         """What costs nothing, on the same test split."""
-        run = self.runs[arm.data, arm.name, seed]
-        cache = self.data.out / "captions" / arm.data / f"seed-{seed}" / "floors.json"
+        cache = self.data.out / "captions" / data / f"seed-{seed}" / "floors.json"
         if not cache.exists():
-            scorer, test, train = self.scorer(run, arm.data, seed)
+            scorer, test, train = self.scorer(data, seed)
             floors = {name: scorer.score(those) for name, those in caption_floors(train, test, seed=seed).items()}
             write_whole(cache, json.dumps(floors) + "\n")
         return json.loads(cache.read_text(encoding="utf-8"))
 
 
 def _results(
-    experiment: Experiment, seeds: Sequence[int], scores: _Scores, failed: Mapping[str, str]
+    experiment: Experiment, seeds: Sequence[int], scores: _Scores, failed: Mapping[Key, str]
 ) -> dict[str, Any]:
     """What the JSON file of an experiment holds."""
     rows: list[dict[str, Any]] = []
@@ -225,18 +264,19 @@ def _results(
     for arm in experiment.arms:
         found = {seed: of_run for seed in seeds if (of_run := scores.of_run(arm, seed)) is not None}
         each[arm.data, arm.name] = {seed: of_run["cider"] for seed, of_run in found.items()}
-        reasons = {
-            scores.runs[arm.data, arm.name, seed].log.as_posix(): failed.get(
-                scores.runs[arm.data, arm.name, seed].name, ""
-            )
-            for seed in seeds
-            if seed not in found
-        }
         metrics = {metric: [of_run["metrics"][metric] for of_run in found.values()] for metric in METRICS}
-        rows.append({"data": arm.data, "arm": arm.name, "title": arm.title, "metrics": metrics, "failed": reasons})
+        rows.append(
+            {
+                "data": arm.data,
+                "arm": arm.name,
+                "title": scores.data.title(arm.title, arm.backbone),
+                "seeds": list(found),
+                "metrics": metrics,
+                "failed": {str(seed): failed[arm.data, arm.name, seed] for seed in seeds if seed not in found},
+            }
+        )
     for name in dict.fromkeys(arm.data for arm in experiment.arms):
-        arm = next(arm for arm in experiment.arms if arm.data == name)
-        of_seeds = [scores.floors(arm, seed) for seed in seeds]
+        of_seeds = [scores.floors(name, seed) for seed in seeds]
         for floor in of_seeds[0]:
             metrics = {metric: [of_seed[floor][metric] for of_seed in of_seeds] for metric in METRICS}
             floors.append({"data": name, "floor": floor, "metrics": metrics})
@@ -326,8 +366,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     if results["differences"]:
         lines += ["", *_markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
     for row in results["rows"]:
-        for log, reason in row["failed"].items():
-            lines += ["", f"Failed: {row['title']} on {row['data']} ({log}): {reason}"]
+        for seed, reason in row["failed"].items():
+            lines += ["", f"Failed: {row['title']} on {row['data']}, seed {seed}: {reason}"]
     return "\n".join(lines) + "\n"
 
 
@@ -344,7 +384,7 @@ def _write(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> Non
     writer.writerow(["data", "arm", "metric", "seed", "value"])
     for row in results["rows"]:
         for metric, values in row["metrics"].items():
-            for seed, value in zip(results["seeds"], values, strict=False):
+            for seed, value in zip(row["seeds"], values, strict=True):
                 writer.writerow([row["data"], row["arm"], metric, seed, value])
     write_whole(out / f"{experiment.name}.csv", table.getvalue())
     if experiment.curve is not None:
@@ -394,9 +434,9 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
             )
         )
     failures = [
-        f"{row['title']} on {row['data']} ({log}): {reason}"
+        f"{row['title']} on {row['data']}, seed {seed}: {reason}"
         for row in results["rows"]
-        for log, reason in row["failed"].items()
+        for seed, reason in row["failed"].items()
     ]
     if failures:
         parts.append(Text(title=f"Failed: {experiment.name}", paragraphs=failures))

@@ -4,6 +4,7 @@ What is there already is not done again: a run that has written its captions is 
 on from its newest checkpoint. A run that fails does not stop the others; its log says why.
 """
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from mivpg.bags import select
+from mivpg.baselines.training import BaselineConfig, caption_with_baseline, train_baseline
 from mivpg.captioning import GenerationOptions, caption_file
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import MivpgError
-from mivpg.files import last_json_line
+from mivpg.files import last_json_line, write_whole
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 from mivpg.training import LOG_FILE, ModelConfig, TrainConfig, train
@@ -28,22 +30,16 @@ from mivpg.training import LOG_FILE, ModelConfig, TrainConfig, train
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A fine-tuning, if any, and the captions written after it."""
+    """Something that ends with captions of one or several test splits; `execute` is called in a process of its own."""
 
     name: str
     """Unique among those run together."""
     log: Path
     """What the process prints."""
-    model: ModelConfig
-    """What is captioned with where nothing is trained."""
-    training: TrainConfig | None = None
-    """Its `model` is the one above."""
     captions: Mapping[Path, DatasetConfig]
     """Where captions go, and the data set whose test split they are of."""
-    generation: GenerationOptions
-    prompt: str
     num_steps: int = 0
-    """Optimizer steps, for the progress bar."""
+    """Steps of training, for the progress bar."""
     cost: float = field(default=1.0, compare=False)
     """How long it takes beside others; the longest runs first, so that none is left to run alone."""
 
@@ -55,10 +51,72 @@ class Run:
     @property
     def num_logged_steps(self) -> int:
         """Steps that its training has logged."""
+        return 0
+
+    def execute(self) -> None:
+        """Does it, or what is left of it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(Run):
+    """A fine-tuning of MIVPG, or of what stands in its place, and the captions written after it."""
+
+    model: ModelConfig
+    """What is captioned with where nothing is trained."""
+    training: TrainConfig | None = None
+    """Its `model` is the one above."""
+    generation: GenerationOptions
+    prompt: str
+
+    @property
+    def num_logged_steps(self) -> int:
+        """Steps that its training has logged."""
         if self.training is None:
             return 0
         last = last_json_line(self.training.output_dir / LOG_FILE)
         return 0 if last is None else int(last["step"])
+
+    def execute(self) -> None:
+        """Trains, if it trains, and captions."""
+        if self.training is None:
+            model, processor = self.model.load()
+        else:
+            folder = train(self.training, resume=True)
+            model = MivpgForConditionalGeneration.from_pretrained(folder)
+            processor = MivpgProcessor.from_pretrained(folder)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        for file, dataset in self.captions.items():
+            if not file.exists():
+                samples = select(dataset.load(), "test")
+                caption_file(
+                    model, processor, samples, file, generation=self.generation, prompt=self.prompt, batch_size=50
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentDecoder(Run):
+    """The recurrent decoder of Table 1's baselines on features that are there, and its captions."""
+
+    dataset: DatasetConfig
+    folder: Path
+    """Of the run."""
+    train_features: Mapping[str, Sequence[Path]]
+    """The copies of each slide, for training."""
+    features: Mapping[str, Sequence[Path]]
+    """Of each slide as it is, for validation and test."""
+    config: BaselineConfig
+
+    def execute(self) -> None:
+        """Trains and captions."""
+        samples = self.dataset.load()
+        train_samples, val, test = (select(samples, split) for split in ("train", "val", "test"))
+        features = {**self.features, **{sample.id: self.train_features[sample.id] for sample in train_samples}}
+        folder = train_baseline(features, train_samples, val, self.folder, self.config)
+        captions = caption_with_baseline(folder, features, test)
+        for file in self.captions:
+            lines = [json.dumps({"id": sample.id, "caption": captions[sample.id]}) for sample in test]
+            write_whole(file, "\n".join(lines) + "\n")
 
 
 def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[str, str]:
@@ -76,7 +134,8 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
         run.log.parent.mkdir(parents=True, exist_ok=True)
         for file in run.captions:
             file.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # a clean process, but torch is imported once for all
+    context.set_forkserver_preload([__name__])
     running: dict[str, tuple[Run, Any]] = {}
     failed: dict[str, str] = {}
     done = sum(run.num_steps for run in runs if run.is_done)
@@ -122,19 +181,7 @@ def _run_one(run: Run) -> None:
     with run.log.open("a", encoding="utf-8") as log:
         sys.stdout = sys.stderr = log
         try:
-            if run.training is None:
-                model, processor = run.model.load()
-            else:
-                folder = train(run.training, resume=True)
-                model = MivpgForConditionalGeneration.from_pretrained(folder)
-                processor = MivpgProcessor.from_pretrained(folder)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            for file, dataset in run.captions.items():
-                if not file.exists():
-                    samples = select(dataset.load(), "test")
-                    caption_file(
-                        model, processor, samples, file, generation=run.generation, prompt=run.prompt, batch_size=50
-                    )
+            run.execute()
         except Exception as error:
             print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
             raise SystemExit(1) from error
