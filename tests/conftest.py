@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-torch.set_num_threads(1)  # models of a few numbers run slower on two threads, many times so where others run beside them
+torch.set_num_threads(1)  # models of a few numbers run slower on two, and many times so where others run beside them
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

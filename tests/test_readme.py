@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -32,6 +33,8 @@ def shop(tmp_path, monkeypatch) -> Path:
     run = yaml.safe_load(blocks("yaml")[0].replace(HUB_ID, str(tmp_path / "blip2")))
     run |= {"num_train_epochs": 1, "num_workers": 0, "validation": {"num_beams": 1, "max_new_tokens": 3}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    bags = np.repeat(np.arange(20), 3)
+    np.savez(tmp_path / "set.npz", x=np.random.default_rng(0).normal(size=(60, 4)), bag=bags, y=np.arange(20) % 2)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,15 +58,18 @@ def test_commands(shop):
         "caption",
         "train",
         "extract",
+        "classify",
+        "reproduce",
     ]
     for command in commands:
         arguments = command.replace(HUB_ID, str(shop / "blip2")).split("#")[0].split()[1:]
-        if "runs/demo" in command:
-            continue  # tests/test_demo.py runs it
+        if "runs/demo" in command or "reproduce" in command:
+            continue  # tests/test_demo.py and test_reproduce.py run them
         if arguments[0] in ("caption", "evaluate"):
             arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
         subprocess.run([sys.executable, "-m", "mivpg.cli", *arguments], check=True)
     assert len(list((shop / "features" / "blip2_28px_all_float16").glob("*.safetensors"))) == 20
+    assert len(list((shop / "runs" / "classify").glob("fold-*.jsonl"))) == 5
     assert (shop / "metrics.json").is_file() and (shop / "captions.jsonl").is_file()
 
 
