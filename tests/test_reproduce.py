@@ -58,6 +58,7 @@ def few_arms(scale):
         "table2": {("products", "zero_shot"), ("products", "csa")},
         "table3": {("products", "csa"), ("slides", "csa"), ("slides", "induced")},
         "figure4": {("scenes", f"{name}_16") for name in ("none", "ppeg")},
+        "aggregators": {("products", "qformer_per_image"), ("products", "csa")},
     }
     return {
         name: dataclasses.replace(
@@ -85,7 +86,7 @@ def whole(tmp_path_factory):
     original = reproduce._claim
     patch.setattr(reproduce, "_claim", claim)
     try:
-        results = reproduce.reproduce(["all"], scale="miniature", out=out, num_seeds=2)
+        results = reproduce.reproduce(["all", "aggregators"], scale="miniature", out=out, num_seeds=2)
         yield out, results
     finally:
         patch.undo()
@@ -112,6 +113,27 @@ def test_an_arm_that_fails_leaves_the_others(whole):
     assert "Failed: table3" in (out / "report.html").read_text()
 
 
+def test_costs_are_measured_where_the_table_shows_them(whole):
+    out, results = whole
+    costs = {row["arm"]: row["costs"] for row in results["aggregators"]["rows"]}
+    assert costs["csa"]["visual_tokens"] == [16.0, 16.0]
+    assert all(tokens > 32 for tokens in costs["qformer_per_image"]["visual_tokens"])  # two photos at least
+    assert all(0 < seconds < 60 for arm in costs.values() for seconds in arm["seconds_a_step"])
+    assert costs["csa"]["trained_parameters"][0] > costs["qformer_per_image"]["trained_parameters"][0] > 1e5
+    assert not any(row["costs"] for row in results["table2"]["rows"])
+    assert "visual tokens a bag" in (out / "aggregators.md").read_text()
+
+
+def test_every_aggregator_is_in_the_table():
+    from mivpg.aggregators.named import AGGREGATORS
+
+    for name in ("products", "slides", "scenes"):
+        arms = [arm for arm in experiments(MINIATURE)["aggregators"].arms if arm.data == name]
+        assert len({arm.name for arm in arms}) == len(arms)
+        names = {arm.model.get("aggregator") for arm in arms}
+        assert AGGREGATORS.keys() - names == ({"pooled_projection"} if name == "slides" else set())
+
+
 def test_a_random_backbone_is_called_random(whole):
     out, results = whole
     titles = {row["arm"]: row["title"] for row in results["table1"]["rows"]}
@@ -132,7 +154,8 @@ def test_tables_can_be_read_by_machines(whole):
 
 def test_an_arm_of_two_tables_is_run_once(whole):
     out, results = whole
-    assert len(list((out / "runs" / "products" / "seed-0").iterdir())) == 1  # zero-shot trains nothing
+    folders = [folder.name for folder in (out / "runs" / "products" / "seed-0").iterdir()]
+    assert sorted(folders) == ["csa", "qformer_per_image"]  # zero-shot trains nothing
     of_csa = [
         next(row for row in results[name]["rows"] if (row["data"], row["arm"]) == ("products", "csa"))
         for name in ("table2", "table3")
@@ -145,7 +168,7 @@ def test_arms_differ_in_what_the_table_says_alone(whole):
     folders = sorted((out / "runs" / "products" / "seed-0").iterdir())
     configs = {folder.name: yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders}
     for config in configs.values():
-        for name in ("patch_pooling", "instance_correlation"):
+        for name in ("patch_pooling", "instance_correlation", "aggregator"):
             config["model"][name] = None
         config["dataset"]["features"] = config["output_dir"] = None
     assert all(config == configs["csa"] for config in configs.values())

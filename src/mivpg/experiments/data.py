@@ -69,6 +69,13 @@ class Scale:
     """Training pairs of Figure 4."""
     recurrent: Mapping[str, Any]
     """Fields of `BaselineConfig`, the recurrent decoder of Table 1."""
+    num_tokens: int
+    """P, of the vision model."""
+    num_query_tokens: int
+    """R, of the base; other aggregators get as many prompts."""
+    perceiver: Mapping[str, Any] | None
+    """Arguments of the Perceiver Resampler where it is smaller than its authors', as of TransMIL below."""
+    transmil: Mapping[str, Any] | None
     patch_size: int
     """Pixels a side of a patch as Table 1's backbones see it; p3x3 gives one vector below 192, nine from 288 on."""
     pretraining: Mapping[BackboneName, Mapping[str, Any]] | None
@@ -128,6 +135,10 @@ MINIATURE = Scale(
     },
     subset_sizes=(250, 500, 1000, 2000),
     recurrent={"embedding_dim": 64, "hidden_dim": 128, "num_epochs": 20},
+    num_tokens=65,
+    num_query_tokens=16,
+    perceiver={"depth": 3, "num_heads": 4, "head_size": 32},
+    transmil={"size": 128, "num_heads": 4, "num_landmarks": 64},
     patch_size=96,
     pretraining={
         "densenet121": {"num_pictures": 3000, "num_epochs": 1, "image_size": 96, "crop_size": 96},
@@ -175,6 +186,10 @@ PAPER = Scale(
     },
     subset_sizes=(50_000, 100_000, 200_000, 560_000),
     recurrent={},
+    num_tokens=257,
+    num_query_tokens=32,
+    perceiver=None,
+    transmil=None,
     patch_size=300,
     pretraining=None,
 )

@@ -51,6 +51,10 @@ class Experiment:
     title: str
     arms: tuple[Arm, ...]
     claims: tuple[Claim, ...] = ()
+    apart: bool = False
+    """Whether "all", the paper's own tables and figures, leaves it out."""
+    with_costs: bool = False
+    """Whether the table says what each arm costs."""
     curve: tuple[str, tuple[str, ...]] | None = None
     """Of a figure: the label of its axis, and a line's name for each prefix of arms, `<prefix>_<pairs>`."""
 
@@ -181,6 +185,72 @@ def figure4(scale: Scale) -> Experiment:
     )
 
 
+def aggregators(scale: Scale) -> Experiment:
+    """What goes past the paper: every aggregator in MIVPG's place, on all three data sets."""
+    arms: list[Arm] = []
+    of_mivpg: dict[DataName, tuple[Arm, ...]] = {
+        "products": (
+            Arm(name="patch_concatenation", title="Q-Former, concatenation", data="products", model=Q_FORMER),
+            PRODUCT_WITHOUT_CSA,
+            PRODUCT_CSA,
+        ),
+        "slides": (SLIDE_WITHOUT_CSA, SLIDE_CSA),
+        "scenes": (
+            Arm(name="qformer", title="Q-Former", data="scenes", model=Q_FORMER),
+            Arm(name="ppeg", title="MIVPG, PPEG", data="scenes", model=Q_FORMER | {"position_encoding": "ppeg"}),
+        ),
+    }
+    for data, own in of_mivpg.items():
+        num_tokens = 1 if data == "slides" else scale.num_tokens
+        # What pools a bag to a vector gets the instances of MIVPG; what reads tokens gets all of them.
+        pooling = {"products": "abmil", "slides": "cls", "scenes": "none"}[data]
+        tokens = "cls" if data == "slides" else "none"
+        q_former = {"instance_correlation": "none", "patch_pooling": tokens}
+        arms += own
+        frozen = q_former | {"trainable": ["language_projection"]}
+        arms.append(Arm(name="minigpt4", title="Frozen Q-Former, linear layer", data=data, model=frozen))
+        if data == "products":
+            per_image = q_former | {"aggregator": "qformer_per_image"}
+            arms.append(Arm(name="qformer_per_image", title="Q-Former per image", data=data, model=per_image))
+        for layers, title in ((1, "Linear projection"), (2, "Two-layer projection")):
+            model = {
+                "aggregator": "linear_projection",
+                "aggregator_options": {"num_layers": layers},
+                "num_query_tokens": num_tokens,
+                "patch_pooling": tokens,
+            }
+            arms.append(Arm(name=f"linear_{layers}", title=title, data=data, model=model))
+        if data != "slides":  # there it is the linear projection of one token
+            model = {"aggregator": "pooled_projection", "num_query_tokens": 4, "patch_pooling": "none"}
+            arms.append(Arm(name="fromage", title="FROMAGe, 4 prompts an image", data=data, model=model))
+        for name, title, patch_pooling, options in (
+            ("perceiver", "Perceiver Resampler", tokens, scale.perceiver),
+            ("mean", "Mean", pooling, None),
+            ("max", "Max", pooling, None),
+            ("mi_net", "MI-Net", pooling, None),
+            ("abmil", "AB-MIL", pooling, None),
+            ("gated_abmil", "AB-MIL, gated", pooling, {"gated": True}),
+            ("deep_sets", "DeepSets", pooling, None),
+            ("set_transformer", "Set Transformer", tokens, None),
+            ("transmil", "TransMIL", pooling, scale.transmil),
+        ):
+            model = {
+                "aggregator": "abmil" if name == "gated_abmil" else name,
+                "aggregator_options": options,
+                "num_query_tokens": scale.num_query_tokens,
+                "patch_pooling": patch_pooling,
+            }
+            arms.append(Arm(name=name, title=title, data=data, model=model))
+    return Experiment(
+        name="aggregators",
+        title="Every aggregator on every data set",
+        arms=tuple(arms),
+        apart=True,
+        with_costs=True,
+    )
+
+
 def experiments(scale: Scale) -> dict[str, Experiment]:
     """All, by name."""
-    return {experiment.name: experiment for experiment in (TABLE1, TABLE2, TABLE3, figure4(scale))}
+    those = (TABLE1, TABLE2, TABLE3, figure4(scale), aggregators(scale))
+    return {experiment.name: experiment for experiment in those}

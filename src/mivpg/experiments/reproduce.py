@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +98,8 @@ def reproduce(
         raise MivpgError(f"there is no experiment {unknown[0]!r}; there are {', '.join(known)} and all.")
     if scale == "paper" and data_root is None:
         raise MivpgError("--scale paper needs --data-root, the folder with abo, patch_gastric and coco.")
-    chosen = list(known.values()) if "all" in names else [known[name] for name in dict.fromkeys(names)]
+    names = [*names, *(name for name in known if "all" in names and not known[name].apart)]
+    chosen = [known[name] for name in dict.fromkeys(names) if name != "all"]
     _claim(out, scale)
     data = ExperimentData(scale=SCALES[scale], out=out, data_root=data_root)
     arms = {(arm.data, arm.name): arm for experiment in chosen for arm in experiment.arms}
@@ -272,6 +273,7 @@ def _results(
                 "title": scores.data.title(arm.title, arm.backbone),
                 "seeds": list(found),
                 "metrics": metrics,
+                "costs": _costs(scores, arm, found) if experiment.with_costs else {},
                 "failed": {str(seed): failed[arm.data, arm.name, seed] for seed in seeds if seed not in found},
             }
         )
@@ -290,6 +292,37 @@ def _results(
             asdict(difference) | {"verdict": difference.verdict} for difference in _differences(experiment, each)
         ],
     }
+
+
+COSTS = {
+    "trained_parameters": "trained parameters",
+    "visual_tokens": "visual tokens a bag",
+    "seconds_a_step": "seconds a step",
+    "peak_memory_gb": "peak memory, GB",
+}
+
+
+def _costs(scores: _Scores, arm: Arm, seeds: Iterable[int]) -> dict[str, list[float]]:
+    """What the runs of an arm measured, by seed."""
+    costs: dict[str, list[float]] = {}
+    for seed in seeds:
+        run = scores.runs[arm.data, arm.name, seed]
+        if isinstance(run, FineTuning) and run.cost_file.exists():
+            for name, value in json.loads(run.cost_file.read_text(encoding="utf-8")).items():
+                costs.setdefault(name, []).append(value)
+    return costs
+
+
+def cost_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Data set, title and the median over seeds of what each arm costs."""
+    rows = []
+    for row in results["rows"]:
+        if costs := row["costs"]:
+            parameters, tokens, seconds, memory = (float(np.median(costs[name])) for name in COSTS)
+            rows.append(
+                [row["data"], row["title"], f"{parameters:,.0f}", f"{tokens:.0f}", f"{seconds:.3f}", f"{memory:.2f}"]
+            )
+    return rows
 
 
 def _differences(
@@ -363,6 +396,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.", ""]
     lines += _markdown_table(["data", "", *METRICS], table_rows(results))
+    if rows := cost_rows(results):
+        lines += ["", *_markdown_table(["data", "", *COSTS.values()], rows)]
     if results["differences"]:
         lines += ["", *_markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
     for row in results["rows"]:
@@ -423,6 +458,11 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
         if values := row["metrics"]["CIDEr"]:
             bars.setdefault(row["data"], {})[row["title"]] = float(np.mean(values))
     parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
+    if rows := cost_rows(results):
+        note = "Of a process with one thread: an optimizer step, and the peak of the whole process. Medians over seeds."
+        parts.append(
+            Table(title=f"Costs: {experiment.name}", note=note, columns=["data", "", *COSTS.values()], rows=rows)
+        )
     if results["differences"]:
         parts.append(
             Table(
