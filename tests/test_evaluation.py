@@ -23,7 +23,9 @@ from mivpg.evaluation import (
     find_java,
     format_table,
     score_captions,
+    share_naming_the_label,
     tokenize,
+    unseen_bags,
 )
 
 REFERENCES = {
@@ -252,3 +254,21 @@ def test_bootstrap_interval_of_a_constant_is_the_constant():
 def test_bootstrap_interval_depends_on_the_seed_alone():
     values = [0.0, 1.0, 3.0, 2.0]
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+
+
+def sample(bag_id: str, *captions: str, label: str | None = None) -> Sample:
+    return Sample(id=bag_id, captions=captions, label=label)
+
+
+def test_bags_whose_captions_were_not_trained_on():
+    train = [sample("a", "Red  Chair"), sample("b", "blue table")]
+    test = [sample("c", "red chair"), sample("d", "red table", "blue table"), sample("e", "green lamp")]
+    assert [bag.id for bag in unseen_bags(train, test)] == ["e"]
+
+
+def test_a_caption_names_the_label_of_the_training_caption_next_to_it():
+    train = [sample("a", "a round red cell", label="x"), sample("b", "a flat blue cell", label="y")]
+    test = [sample(name, "?", label=label) for name, label in (("c", "x"), ("d", "y"), ("e", "y"))]
+    captions = {"c": "a round cell, red", "d": "flat blue", "e": "round red"}
+    assert share_naming_the_label(captions, train, test) == 2 / 3
+    assert share_naming_the_label(dict.fromkeys("cde", "nothing of it"), train, test) in (1 / 3, 2 / 3)  # all are equal

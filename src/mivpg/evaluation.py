@@ -306,6 +306,39 @@ def caption_floors(train: Sequence["Sample"], test: Sequence["Sample"], *, seed:
     return floors
 
 
+def unseen_bags(train: Sequence["Sample"], test: Sequence["Sample"]) -> list["Sample"]:
+    """The test bags none of whose captions stands verbatim in training (case and spaces aside)."""
+    seen = {_normalized(caption) for sample in train for caption in sample.captions}
+    return [sample for sample in test if seen.isdisjoint(map(_normalized, sample.captions))]
+
+
+def share_naming_the_label(
+    predictions: Mapping[str, str], train: Sequence["Sample"], test: Sequence["Sample"]
+) -> float:
+    """How many captions are those of their bag's label: a caption's label is that of the training caption next to it.
+
+    Next is the one that shares most words (F1 over distinct words; among equals the label that is most common there).
+
+    Args:
+        predictions: Bag id to caption.
+        train: Where captions and labels come from.
+        test: The bags captioned, with their labels.
+    """
+    labels_of: defaultdict[frozenset[str], Counter[str]] = defaultdict(Counter)
+    for sample in train:
+        for caption in sample.captions:
+            if sample.label is not None:
+                labels_of[frozenset(_normalized(caption).split())][sample.label] += 1
+    right = 0
+    for sample in test:
+        words = set(_normalized(predictions[sample.id]).split())
+        overlap = {those: 2 * len(words & those) / (len(words) + len(those) or 1) for those in labels_of}
+        most = max(overlap.values(), default=0.0)
+        found = sum((labels_of[those] for those, value in overlap.items() if value == most), Counter())
+        right += bool(found) and found.most_common(1)[0][0] == sample.label
+    return right / len(test)
+
+
 def _normalized(caption: str) -> str:
     return " ".join(caption.lower().split())
 

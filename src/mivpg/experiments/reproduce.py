@@ -29,7 +29,15 @@ from mivpg.bags import Sample, one_pair_a_reference, select
 from mivpg.baselines.training import BaselineConfig
 from mivpg.captioning import read_captions
 from mivpg.errors import MivpgError
-from mivpg.evaluation import CaptionScorer, Meteor, bootstrap_interval_over_seeds, caption_floors, find_java
+from mivpg.evaluation import (
+    CaptionScorer,
+    Meteor,
+    bootstrap_interval_over_seeds,
+    caption_floors,
+    find_java,
+    share_naming_the_label,
+    unseen_bags,
+)
 from mivpg.experiments.data import SCALES, DataName, ExperimentData
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import FineTuning, RecurrentDecoder, Run, run_all
@@ -241,16 +249,34 @@ class _Scores:
             "captions": digest,
             "metrics": scorer.score(captions),
             "cider": scorer.cider_of_each(captions),
+            "of_labels": self.of_labels(captions, arm.data, seed),
         }
         write_whole(cache, json.dumps(scores) + "\n")
         return scores
+
+    def of_labels(self, captions: Mapping[str, str], data: DataName, seed: int) -> dict[str, float]:
+        """Of slides, whose captions repeat: how many name the subtype, and scores of captions not trained on."""
+        if data != "slides":
+            return {}
+        _, test, train = self.scorer(data, seed)
+        found = {"label": share_naming_the_label(captions, train, test)}
+        rest = unseen_bags(train, test)
+        found["unseen"] = len(rest) / len(test)
+        if rest:
+            references = {sample.id: sample.captions for sample in rest}
+            scorer = CaptionScorer(references, METRICS, meteor=self.meteor)
+            found |= scorer.score({sample.id: captions[sample.id] for sample in rest})
+        return found
 
     def floors(self, data: DataName, seed: int) -> dict[str, dict[str, float]]:
         """What costs nothing, on the same test split."""
         cache = self.data.out / "captions" / data / f"seed-{seed}" / "floors.json"
         if not cache.exists():
             scorer, test, train = self.scorer(data, seed)
-            floors = {name: scorer.score(those) for name, those in caption_floors(train, test, seed=seed).items()}
+            floors = {
+                name: scorer.score(those) | {"of_labels": self.of_labels(those, data, seed)}
+                for name, those in caption_floors(train, test, seed=seed).items()
+            }
             write_whole(cache, json.dumps(floors) + "\n")
         return json.loads(cache.read_text(encoding="utf-8"))
 
@@ -273,6 +299,7 @@ def _results(
                 "title": scores.data.title(arm.title, arm.backbone),
                 "seeds": list(found),
                 "metrics": metrics,
+                "of_labels": [of_run["of_labels"] for of_run in found.values() if of_run["of_labels"]],
                 "costs": _costs(scores, arm, found) if experiment.with_costs else {},
                 "failed": {str(seed): failed[arm.data, arm.name, seed] for seed in seeds if seed not in found},
             }
@@ -281,7 +308,8 @@ def _results(
         of_seeds = [scores.floors(name, seed) for seed in seeds]
         for floor in of_seeds[0]:
             metrics = {metric: [of_seed[floor][metric] for of_seed in of_seeds] for metric in METRICS}
-            floors.append({"data": name, "floor": floor, "metrics": metrics})
+            of_labels = [of_seed[floor]["of_labels"] for of_seed in of_seeds if of_seed[floor]["of_labels"]]
+            floors.append({"data": name, "floor": floor, "metrics": metrics, "of_labels": of_labels})
     return {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -373,6 +401,24 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+LABEL_COLUMNS = ["data", "", "subtype named", "captions not trained on", *METRICS]
+LABEL_NOTE = (
+    "Slides' captions repeat, so: how many captions are next to a training caption of the right subtype; and the "
+    "scores of the slides whose own caption was not trained on, with their share of the test slides."
+)
+
+
+def label_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Of slides: how many captions name the subtype, and scores where the true caption was not trained on."""
+    rows = []
+    for row in [*results["rows"], *results["floors"]]:
+        if of_labels := row["of_labels"]:
+            name = row.get("title") or f"floor: {row['floor']}"
+            columns = [[seed[key] for seed in of_labels if key in seed] for key in ("label", "unseen", *METRICS)]
+            rows.append([row["data"], name, *(spread(column) for column in columns)])
+    return rows
+
+
 def difference_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """Claims with their intervals and verdicts."""
     return [
@@ -396,6 +442,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, results["seeds"]))
     lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.", ""]
     lines += _markdown_table(["data", "", *METRICS], table_rows(results))
+    if rows := label_rows(results):
+        lines += ["", LABEL_NOTE, "", *_markdown_table(LABEL_COLUMNS, rows)]
     if rows := cost_rows(results):
         lines += ["", *_markdown_table(["data", "", *COSTS.values()], rows)]
     if results["differences"]:
@@ -458,6 +506,8 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
         if values := row["metrics"]["CIDEr"]:
             bars.setdefault(row["data"], {})[row["title"]] = float(np.mean(values))
     parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
+    if rows := label_rows(results):
+        parts.append(Table(title=f"Subtypes: {experiment.name}", note=LABEL_NOTE, columns=LABEL_COLUMNS, rows=rows))
     if rows := cost_rows(results):
         note = "Of a process with one thread: an optimizer step, and the peak of the whole process. Medians over seeds."
         parts.append(
