@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mivpg.captioning import GenerationOptions
+from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
 from mivpg.experiments import data, reproduce
@@ -45,6 +45,7 @@ def tiny_scale():
         MINIATURE,
         settings=settings,
         subset_sizes=(16, 32),
+        epochs=(0, 2),
         recurrent={"embedding_dim": 8, "hidden_dim": 8, "num_epochs": 1},
         pretraining=None,
     )
@@ -58,6 +59,7 @@ def few_arms(scale):
         "table2": {("products", "zero_shot"), ("products", "csa")},
         "table3": {("products", "csa"), ("slides", "csa"), ("slides", "induced")},
         "figure4": {("scenes", f"{name}_16") for name in ("none", "ppeg")},
+        "figure5": {("slides", "epoch_0"), ("slides", "epoch_2")},
         "aggregators": {("products", "qformer_per_image"), ("products", "csa")},
     }
     return {
@@ -111,6 +113,19 @@ def test_an_arm_that_fails_leaves_the_others(whole):
     assert row["failed"]["1"].startswith(f"{out / 'logs' / 'slides' / 'seed-1' / 'induced.txt'}: output_dir:")
     assert "Failed: MIVPG, induced" in (out / "table3.md").read_text()
     assert "Failed: table3" in (out / "report.html").read_text()
+
+
+def test_captions_of_several_epochs_are_of_one_training(whole):
+    out, results = whole
+    folder = out / "runs" / "slides" / "seed-0" / "epoch_by_epoch"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["num_train_epochs"] == 2
+    assert len(list(folder.glob("checkpoint-*"))) == 2
+    for example in results["figure5"]["examples"]:
+        assert list(example["captions"]) == ["after 0 epochs", "after 2 epochs"]
+        last = read_captions(out / "captions" / "slides" / "seed-0" / "epoch_2.jsonl")
+        assert example["captions"]["after 2 epochs"] == last[example["id"]]
+    assert len(results["figure5"]["examples"]) == 3
+    assert (out / "figure5.png").exists()
 
 
 def test_costs_are_measured_where_the_table_shows_them(whole):

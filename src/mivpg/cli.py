@@ -472,8 +472,8 @@ def reproduce(
     """Run the paper's tables and figures, or all of them; an interrupted run goes on when it is started again.
 
     Args:
-        experiments: table1, table2, table3, figure4, or all of them; aggregators, every aggregator on every data set;
-            or, by itself, digits: bags of real handwritten digits classified by every aggregator, half an hour.
+        experiments: table1, table2, table3, figure4, figure5, or all of them; aggregators, every aggregator on every
+            data set; or, by itself, digits: bags of real handwritten digits classified by each, half an hour.
         out: A new or empty folder, or that of an interrupted run.
         scale: `miniature` draws its own data and takes about an hour for all; `paper` has the paper's models and data.
         seeds: How many; each draws split and training order.
@@ -483,7 +483,9 @@ def reproduce(
     from mivpg.experiments.reproduce import reproduce as run
 
     if not experiments:
-        raise MivpgError("name what to reproduce: table1, table2, table3, figure4, all, aggregators, or digits.")
+        raise MivpgError(
+            "name what to reproduce: table1, table2, table3, figure4, figure5, all, aggregators, or digits."
+        )
     if seeds < 1:
         raise MivpgError(f"--seeds is {seeds}, expected at least 1.")
     quiet_transformers()

@@ -67,6 +67,8 @@ class Scale:
     settings: Mapping[DataName, Settings]
     subset_sizes: tuple[int, ...]
     """Training pairs of Figure 4."""
+    epochs: tuple[int, ...]
+    """After which Figure 5 looks at captions; the last is how long it trains."""
     recurrent: Mapping[str, Any]
     """Fields of `BaselineConfig`, the recurrent decoder of Table 1."""
     num_tokens: int
@@ -134,6 +136,7 @@ MINIATURE = Scale(
         ),
     },
     subset_sizes=(250, 500, 1000, 2000),
+    epochs=(0, 1, 4, 14, 30),
     recurrent={"embedding_dim": 64, "hidden_dim": 128, "num_epochs": 20},
     num_tokens=65,
     num_query_tokens=16,
@@ -185,6 +188,7 @@ PAPER = Scale(
         ),
     },
     subset_sizes=(50_000, 100_000, 200_000, 560_000),
+    epochs=(0, 1, 4, 14, 30),
     recurrent={},
     num_tokens=257,
     num_query_tokens=32,

@@ -25,6 +25,8 @@ class Arm:
     trains: bool = True
     num_pairs: int | None = None
     """Training pairs of MSCOCO; None = all."""
+    epoch: int | None = None
+    """Captions are those after so many epochs of one longer training; None = those of the best epoch."""
     recurrent: bool = False
     """Whether the recurrent decoder of Table 1's baselines takes the place of MIVPG and the frozen language model."""
     backbone: BackboneName | None = None
@@ -56,7 +58,9 @@ class Experiment:
     with_costs: bool = False
     """Whether the table says what each arm costs."""
     curve: tuple[str, tuple[str, ...]] | None = None
-    """Of a figure: the label of its axis, and a line's name for each prefix of arms, `<prefix>_<pairs>`."""
+    """Of a figure: the label of its axis, and its lines: the arms whose names begin with each, over pairs or epochs."""
+    num_examples: int = 0
+    """Test bags of which it shows what each arm writes."""
 
 
 def _product(name: str, title: str, correlation: str) -> Arm:
@@ -185,6 +189,27 @@ def figure4(scale: Scale) -> Experiment:
     )
 
 
+def figure5(scale: Scale) -> Experiment:
+    """Figure 5: what captions of slides say as training goes on."""
+    arms = tuple(
+        Arm(
+            name=f"epoch_{epoch}",
+            title=f"after {epoch} epochs",
+            data="slides",
+            model=SLIDE_CSA.model,
+            epoch=epoch,
+        )
+        for epoch in scale.epochs
+    )
+    return Experiment(
+        name="figure5",
+        title="Figure 5: captions of slides as training goes on",
+        arms=arms,
+        curve=("epochs", ("epoch",)),
+        num_examples=3,
+    )
+
+
 def aggregators(scale: Scale) -> Experiment:
     """What goes past the paper: every aggregator in MIVPG's place, on all three data sets."""
     arms: list[Arm] = []
@@ -252,5 +277,5 @@ def aggregators(scale: Scale) -> Experiment:
 
 def experiments(scale: Scale) -> dict[str, Experiment]:
     """All, by name."""
-    those = (TABLE1, TABLE2, TABLE3, figure4(scale), aggregators(scale))
+    those = (TABLE1, TABLE2, TABLE3, figure4(scale), figure5(scale), aggregators(scale))
     return {experiment.name: experiment for experiment in those}

@@ -16,9 +16,10 @@ import hashlib
 import io
 import json
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from mivpg.evaluation import (
 )
 from mivpg.experiments.data import SCALES, DataName, ExperimentData
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
-from mivpg.experiments.runner import FineTuning, RecurrentDecoder, Run, run_all
+from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import write_whole
 from mivpg.report import BarChart, Examples, Table, Text, write_report
 from mivpg.training import ModelConfig, TrainConfig
@@ -154,8 +155,40 @@ def _claim(out: Path, scale: str) -> None:
 
 
 def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
-    """The run of an arm with a seed."""
-    return _recurrent_decoder(data, arm, seed) if arm.recurrent else _fine_tuning(data, arm, seed)
+    """The run of an arm with a seed; arms of several epochs of one training share it."""
+    if arm.recurrent:
+        return _recurrent_decoder(data, arm, seed)
+    run = _fine_tuning(data, arm, seed)
+    return run if arm.epoch is None else _epoch_by_epoch(data, arm, run, seed)
+
+
+def _caption_file(out: Path, arm: Arm, seed: int) -> Path:
+    return out / "captions" / arm.data / f"seed-{seed}" / f"{arm.name}.jsonl"
+
+
+def _epoch_by_epoch(data: ExperimentData, arm: Arm, run: FineTuning, seed: int) -> EpochByEpoch:
+    assert run.training is not None
+    num_epochs = max(data.scale.epochs)
+    training = replace(
+        run.training,
+        output_dir=run.training.output_dir.with_name("epoch_by_epoch"),
+        num_train_epochs=num_epochs,
+        save_total_limit=num_epochs,
+    )
+    epochs = {epoch: _caption_file(data.out, replace(arm, name=f"epoch_{epoch}"), seed) for epoch in data.scale.epochs}
+    num_steps = run.num_steps // run.training.num_train_epochs * num_epochs
+    return EpochByEpoch(
+        name=f"{arm.data} seed {seed} epoch by epoch",
+        log=run.log.with_name("epoch_by_epoch.txt"),
+        model=run.model,
+        training=training,
+        captions=dict.fromkeys(epochs.values(), training.dataset),
+        epochs=epochs,
+        generation=run.generation,
+        prompt=run.prompt,
+        num_steps=num_steps,
+        cost=num_steps,
+    )
 
 
 def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
@@ -170,7 +203,7 @@ def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
     return RecurrentDecoder(
         name=f"{arm.data} seed {seed} {arm.name}",
         log=data.out / "logs" / place / f"{arm.name}.txt",
-        captions={data.out / "captions" / place / f"{arm.name}.jsonl": dataset},
+        captions={_caption_file(data.out, arm, seed): dataset},
         dataset=dataset,
         folder=data.out / "runs" / place / arm.name,
         train_features=train_features,
@@ -180,7 +213,7 @@ def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
     )
 
 
-def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> Run:
+def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> FineTuning:
     settings = data.scale.settings[arm.data]
     dataset = data.dataset(arm.data, arm.view, seed, arm.num_pairs)
     place = Path(arm.data, f"seed-{seed}")
@@ -203,7 +236,7 @@ def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> Run:
         log=data.out / "logs" / place / f"{arm.name}.txt",
         model=model,
         training=training if arm.trains else None,
-        captions={data.out / "captions" / place / f"{arm.name}.jsonl": dataset},
+        captions={_caption_file(data.out, arm, seed): dataset},
         generation=settings.generation,
         prompt=PROMPT,
         num_steps=num_steps,
@@ -235,9 +268,8 @@ class _Scores:
 
     def of_run(self, arm: Arm, seed: int) -> dict[str, Any] | None:
         """`metrics`, and `cider` of each bag; None where the run failed."""
-        run = self.runs.get((arm.data, arm.name, seed))
-        file = None if run is None else next(iter(run.captions))
-        if file is None or not file.exists():
+        file = _caption_file(self.data.out, arm, seed)
+        if not file.exists():
             return None
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         cache = file.with_suffix(".scores.json")
@@ -316,10 +348,32 @@ def _results(
         "seeds": list(seeds),
         "rows": rows,
         "floors": floors,
+        "examples": _examples(experiment, scores, seeds[0]),
         "differences": [
             asdict(difference) | {"verdict": difference.verdict} for difference in _differences(experiment, each)
         ],
     }
+
+
+def _examples(experiment: Experiment, scores: _Scores, seed: int) -> list[dict[str, Any]]:
+    """Of some test bags, what people and every arm write; which, the seed alone decides."""
+    if not experiment.num_examples:
+        return []
+    written = {}
+    for arm in experiment.arms:
+        file = _caption_file(scores.data.out, arm, seed)
+        if file.exists():
+            written[arm.title] = read_captions(file)
+    _, test, _ = scores.scorer(experiment.arms[0].data, seed)
+    chosen = random.Random(f"examples {seed}").sample(test, min(experiment.num_examples, len(test)))
+    return [
+        {
+            "id": sample.id,
+            "references": list(sample.captions),
+            "captions": {title: captions[sample.id] for title, captions in written.items()},
+        }
+        for sample in chosen
+    ]
 
 
 COSTS = {
@@ -444,6 +498,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines += _markdown_table(["data", "", *METRICS], table_rows(results))
     if rows := label_rows(results):
         lines += ["", LABEL_NOTE, "", *_markdown_table(LABEL_COLUMNS, rows)]
+    for example in results["examples"]:
+        lines += ["", f"{example['id']}: {' / '.join(example['references'])}", ""]
+        lines += [f"- {title}: {caption}" for title, caption in example["captions"].items()]
     if rows := cost_rows(results):
         lines += ["", *_markdown_table(["data", "", *COSTS.values()], rows)]
     if results["differences"]:
@@ -475,7 +532,7 @@ def _write(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> Non
 
 
 def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
-    """CIDEr over the number of training pairs, a line a group of arms, with the standard deviation over seeds."""
+    """CIDEr over training pairs or epochs, a line a group of arms, with the standard deviation over seeds."""
     assert experiment.curve is not None
     label, lines = experiment.curve
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -484,13 +541,20 @@ def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
         points = []
         for arm, row in zip(experiment.arms, results["rows"], strict=True):
             values = row["metrics"]["CIDEr"]
-            if arm.name.startswith(f"{line}_") and values and arm.num_pairs is not None:
-                points.append((arm.num_pairs, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
+            if arm.name.startswith(f"{line}_") and values:
+                place = arm.num_pairs if arm.epoch is None else arm.epoch
+                points.append((place, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
         if points:
             x, y, error = zip(*points, strict=True)
             axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=line)
-    axes.set(xscale="log", xlabel=label, ylabel="CIDEr", title=experiment.title)
-    axes.legend()
+    axes.set(xlabel=label, ylabel="CIDEr", title=experiment.title)
+    if all(arm.num_pairs for arm in experiment.arms):
+        axes.set_xscale("log")
+        ticks = sorted({arm.num_pairs for arm in experiment.arms if arm.num_pairs})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.minorticks_off()
+    if len(lines) > 1:
+        axes.legend()
     axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, metadata={"Software": None})
@@ -508,6 +572,10 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
     parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
     if rows := label_rows(results):
         parts.append(Table(title=f"Subtypes: {experiment.name}", note=LABEL_NOTE, columns=LABEL_COLUMNS, rows=rows))
+    for example in results["examples"]:
+        rows = [["reference", reference] for reference in example["references"]]
+        rows += [[title, caption] for title, caption in example["captions"].items()]
+        parts.append(Table(title=f"{experiment.name}: {example['id']}", columns=["", "caption"], rows=rows))
     if rows := cost_rows(results):
         note = "Of a process with one thread: an optimizer step, and the peak of the whole process. Medians over seeds."
         parts.append(

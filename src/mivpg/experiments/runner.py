@@ -35,7 +35,7 @@ class Run:
     """Something that ends with captions of one or several test splits; `execute` is called in a process of its own."""
 
     name: str
-    """Unique among those run together."""
+    """Runs of one name are the same run."""
     log: Path
     """What the process prints."""
     captions: Mapping[Path, DatasetConfig]
@@ -92,17 +92,41 @@ class FineTuning(Run):
             folder = train(self.training, resume=True)
             model = MivpgForConditionalGeneration.from_pretrained(folder)
             processor = MivpgProcessor.from_pretrained(folder)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
         if self.training is not None and not self.cost_file.exists():
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
             samples = select(self.training.dataset.load(), "train")
             cost = step_cost(model, processor, samples, batch_size=self.training.batch_size)
             write_whole(self.cost_file, json.dumps(cost) + "\n")
-        for file, dataset in self.captions.items():
-            if not file.exists():
-                samples = select(dataset.load(), "test")
-                caption_file(
-                    model, processor, samples, file, generation=self.generation, prompt=self.prompt, batch_size=50
-                )
+        for file in self.captions:
+            self.caption(model, processor, file)
+
+    def caption(self, model: MivpgForConditionalGeneration, processor: MivpgProcessor, file: Path) -> None:
+        """Writes one of `captions`, where it is not there yet."""
+        if file.exists():
+            return
+        samples = select(self.captions[file].load(), "test")
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        caption_file(model, processor, samples, file, generation=self.generation, prompt=self.prompt, batch_size=50)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochByEpoch(FineTuning):
+    """A fine-tuning that keeps its checkpoints, and captions after some of its epochs."""
+
+    epochs: Mapping[int, Path]
+    """Which of `captions` is written after so many epochs; after none, by the model as it starts."""
+
+    def execute(self) -> None:
+        """Trains and captions."""
+        assert self.training is not None
+        train(self.training, resume=True)
+        for epoch, file in self.epochs.items():
+            if epoch == 0:
+                self.caption(*self.model.load(), file)
+                continue
+            folder = self.training.output_dir / f"checkpoint-{epoch * self.num_steps // self.training.num_train_epochs}"
+            model = MivpgForConditionalGeneration.from_pretrained(folder)
+            self.caption(model, MivpgProcessor.from_pretrained(folder), file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +198,7 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
     Returns:
         Of the runs that failed, the last line of their logs.
     """
+    runs = list({run.name: run for run in runs}.values())  # arms may share one
     waiting = sorted((run for run in runs if not run.is_done), key=lambda run: -run.cost)
     for run in waiting:
         run.log.parent.mkdir(parents=True, exist_ok=True)
