@@ -80,6 +80,8 @@ class Scale:
     transmil: Mapping[str, Any] | None
     patch_size: int
     """Pixels a side of a patch as Table 1's backbones see it; p3x3 gives one vector below 192, nine from 288 on."""
+    num_copies: int
+    """Augmented copies of each slide."""
     pretraining: Mapping[BackboneName, Mapping[str, Any]] | None
     """Fields of `PretrainingConfig`; None = weights of the data root's folder `backbones`, else random ones."""
 
@@ -143,6 +145,7 @@ MINIATURE = Scale(
     perceiver={"depth": 3, "num_heads": 4, "head_size": 32},
     transmil={"size": 128, "num_heads": 4, "num_landmarks": 64},
     patch_size=96,
+    num_copies=2,
     pretraining={
         "densenet121": {"num_pictures": 3000, "num_epochs": 1, "image_size": 96, "crop_size": 96},
         "efficientnet_b3": {"num_pictures": 8000, "num_epochs": 1, "image_size": 96, "crop_size": 96},
@@ -195,6 +198,7 @@ PAPER = Scale(
     perceiver=None,
     transmil=None,
     patch_size=300,
+    num_copies=4,
     pretraining=None,
 )
 
@@ -285,7 +289,7 @@ class ExperimentData:
         return self.backbones[name]
 
     def backbone_features(self, name: BackboneName, *, augmented: bool) -> Mapping[str, Sequence[Path]]:
-        """Files of every slide's features by a backbone of Table 1: four augmented copies, or the slide as it is."""
+        """Files of every slide's features by a backbone of Table 1: of its augmented copies, or of it as it is."""
         config = self.dataset("slides", "all", seed=0)
         config.features = None
         backbone = self.backbone(name)
@@ -295,7 +299,7 @@ class ExperimentData:
             self.out / "features" / f"slides_{name}{'_augmented' * augmented}",
             image_size=self.scale.patch_size,
             augment=augmented,
-            num_copies=4 if augmented else 1,
+            num_copies=self.scale.num_copies if augmented else 1,
         )
 
     def title(self, title: str, backbone: BackboneName | None) -> str:
