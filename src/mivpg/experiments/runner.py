@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,10 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
             file.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")  # a clean process, but torch is imported once for all
     context.set_forkserver_preload([__name__])
+    # Ctrl-C is the parent's, which ends its children: they inherit from the server that they do not hear it.
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, heard)
     running: dict[str, tuple[Run, Any]] = {}
     failed: dict[str, str] = {}
     done = sum(run.num_steps for run in runs if run.is_done)
@@ -215,10 +220,7 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
             while waiting and len(running) < (num_processes or os.cpu_count() or 1):
                 run = waiting.pop(0)
                 process = context.Process(target=_run_one, args=(run,), daemon=True)
-                # Ctrl-C is the parent's, which ends its children: they inherit that they do not hear it.
-                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
                 process.start()
-                signal.signal(signal.SIGINT, heard)
                 running[run.name] = (run, process)
             progress.update(done + sum(run.num_logged_steps for run, _ in running.values()) - progress.n)
             for name, (run, process) in list(running.items()):
