@@ -194,6 +194,22 @@ class TestCrossValidation:
         assert files[0].stat().st_mtime_ns == time and files[1].exists()
         with pytest.raises(MivpgError, match="a run with another aggregator, seed"):
             cross_validate(bag_set, dataclasses.replace(config, aggregator="max", seed=1), tmp_path)
+        with pytest.raises(MivpgError, match="a run with another bags"):
+            cross_validate(BagSet(bags=bags_of(20, seed=9), label_names=["no", "yes"]), config, tmp_path)
+
+    def test_no_group_is_in_training_and_test(self):
+        """Bags alike in a group, labels by lot: divided groups would be recognised."""
+        bags = [dataclasses.replace(bag, group=str(index // 4)) for index, bag in enumerate(bags_of(40))]
+        for train, test in split_into_folds(bags, config_of("mean", num_folds=3)):
+            assert not {bags[index].group for index in train} & {bags[index].group for index in test}
+            assert {bags[index].label for index in test} == {0, 1}
+
+    def test_what_is_no_run_is_refused(self, bag_set, tmp_path):
+        (tmp_path / "letter.txt").touch()
+        with pytest.raises(MivpgError, match="is in use"):
+            cross_validate(bag_set, config_of("mean"), tmp_path)
+        with pytest.raises(MivpgError, match="expected at least two labels"):
+            cross_validate(BagSet(bags=bag_set.bags[::2], label_names=["no"]), config_of("mean"), tmp_path / "out")
 
     def test_more_folds_than_bags_of_a_class(self, bag_set, tmp_path):
         with pytest.raises(MivpgError, match="num_folds is 11, but a class has 10 bags"):
@@ -234,6 +250,12 @@ class TestFiles:
         output = capsys.readouterr().out
         assert "accuracy" in output and "auc" in output and str(tmp_path / "out" / "metrics.json") in output
         assert len(json.loads((tmp_path / "out" / "metrics.json").read_text())["folds"]) == 2
+        gated = ["--aggregator-options.gated", "false", "--aggregator-options.embed-size", "8"]
+        main([*command, "--out", str(tmp_path / "small"), *gated])
+        model = MivpgForBagClassification.from_pretrained(tmp_path / "small" / "fold-0")
+        assert model.config.aggregator_options == {"gated": False, "embed_size": 8}
+        assert model.aggregator.gate is None and model.classifier.in_features == 8
+        capsys.readouterr()
         with pytest.raises(SystemExit):
             main([*command, "--out", str(tmp_path / "other"), "--aggregatr", "mean"])
         assert "aggregator" in capsys.readouterr().err
@@ -244,6 +266,7 @@ class TestFiles:
     [
         ({"num_train_epochs": 0}, "num_train_epochs is 0"),
         ({"num_folds": 1}, "num_folds is 1, expected at least 2"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
     ],
 )
 def test_fields_that_cannot_be(options, message):
@@ -251,7 +274,25 @@ def test_fields_that_cannot_be(options, message):
         ClassifierConfig(**options)
 
 
+def test_coordinates_reach_the_model():
+    bags = [
+        dataclasses.replace(
+            bag, coords=torch.cartesian_prod(torch.arange(3.0), torch.arange(3.0))[: len(bag.instances)]
+        )
+        for bag in bags_of(3)
+    ]
+    model = make_classifier(config_of("mivpg", position_encoding="ppeg"), width=WIDTH, num_labels=2).eval()
+    for layer in model.qformer.encoder.layer:
+        torch.nn.init.normal_(layer.position_encoding.convolutions[0].weight)
+    moved = [dataclasses.replace(bag, coords=bag.coords.flip(0)) for bag in bags]
+    assert predict(model, bags) != predict(model, moved)
+
+
 def test_options_that_an_aggregator_does_not_have():
+    with pytest.raises(MivpgError, match="aggregator_options: ds_mil has no 'num_labels'"):
+        make_classifier(config_of("ds_mil", aggregator_options={"num_labels": 3}), width=WIDTH, num_labels=2)
+    with pytest.raises(MivpgError, match="embed_size is 2.5, expected an integer"):
+        make_classifier(config_of("abmil", aggregator_options={"embed_size": 2.5}), width=WIDTH, num_labels=2)
     with pytest.raises(MivpgError, match="aggregator_options: abmil has no 'depth'"):
         make_classifier(config_of("abmil", aggregator_options={"depth": 3}), width=WIDTH, num_labels=2)
     with pytest.raises(MivpgError, match="aggregator_options are for"):

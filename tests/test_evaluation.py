@@ -271,4 +271,4 @@ def test_a_caption_names_the_label_of_the_training_caption_next_to_it():
     test = [sample(name, "?", label=label) for name, label in (("c", "x"), ("d", "y"), ("e", "y"))]
     captions = {"c": "a round cell, red", "d": "flat blue", "e": "round red"}
     assert share_naming_the_label(captions, train, test) == 2 / 3
-    assert share_naming_the_label(dict.fromkeys("cde", "nothing of it"), train, test) in (1 / 3, 2 / 3)  # all are equal
+    assert share_naming_the_label(dict.fromkeys("cde", "nothing of it"), train, test) == 0

@@ -132,6 +132,22 @@ def test_under_bf16_autocast_it_differs_as_little_as_straightforward_attention_d
     assert folded < 1.5 * straightforward
 
 
+def test_dropout_under_bf16_autocast_has_gradients_of_the_right_size(always_folded):
+    """Dropped weights are scaled up in the backward pass as in the forward, in the same dtype."""
+    torch.manual_seed(0)
+    correlation = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].instance_correlation.float().train()
+    correlation.attention_dropout = 0.5
+    queries, instances = torch.randn(1, 5, 16), torch.randn(1, 7, correlation.query.in_features)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        leaf = instances.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            correlation(leaf, None, queries, queries).float().square().sum().backward()
+        found.append(leaf.grad)
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
 def test_it_is_taken_for_large_bags_alone(monkeypatch):
     """And only where the queries of all heads are fewer than the width that is folded away."""
     taken = []

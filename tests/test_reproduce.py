@@ -79,8 +79,8 @@ def whole(tmp_path_factory):
     patch.setattr(reproduce, "experiments", few_arms)
     broken = out / "runs" / "slides" / "seed-1" / "induced"
 
-    def claim(folder, scale):
-        original(folder, scale)
+    def claim(folder, *settings):
+        original(folder, *settings)
         if not (out / "runs").exists():
             broken.mkdir(parents=True)
             (broken / "stranger.txt").write_text("here first")

@@ -8,8 +8,10 @@
 `cross_validate` does this fold by fold, for `mivpg classify`.
 """
 
+import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +29,13 @@ from mivpg.configuration_mivpg import (
     MivpgConfig,
     PatchPooling,
     PositionEncoding,
+    plain_options,
 )
 from mivpg.datasets.bag_file import load_bag_file
 from mivpg.datasets.bag_set import BagSet, LabelledBag, read_bag_set
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import read_features
-from mivpg.files import write_whole
+from mivpg.files import read_json, write_whole
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from mivpg.processing_mivpg import pad_bags
 from mivpg.training import QFormerSizes
@@ -77,6 +80,9 @@ class ClassifierConfig:
     """Of a cross-validation, where the bags bring no folds of their own."""
 
     def __post_init__(self) -> None:
+        self.aggregator_options = plain_options(self.aggregator_options)
+        if not 0 <= self.learning_rate < math.inf:
+            raise MivpgError(f"learning_rate is {self.learning_rate}, expected a number of at least 0.")
         for name, least in (("num_train_epochs", 1), ("batch_size", 1), ("num_folds", 2), ("num_query_tokens", 1)):
             if (value := getattr(self, name)) < least:
                 raise MivpgError(f"{name} is {value}, expected at least {least}.")
@@ -113,12 +119,22 @@ def load_labelled_bags(path: Path) -> BagSet:
             raise BagError(f"{path}: bag {sample.id!r} has no label, expected one of each bag.")
         if sample.features is None:
             raise BagError(f"{path}: bag {sample.id!r} has no features; `mivpg extract` makes them from its images.")
+    if any(sample.split is not None for sample in samples):
+        logger.info("%s: its splits are not read, since a cross-validation makes folds of its own.", path)
     names = sorted({sample.label for sample in samples if sample.label is not None})
     bags = []
     for sample in samples:
         assert sample.features is not None and sample.label is not None
-        features, _ = read_features(sample.features)
-        bags.append(LabelledBag(id=sample.id, instances=features.float(), label=names.index(sample.label)))
+        features, coords = read_features(sample.features)
+        bags.append(
+            LabelledBag(
+                id=sample.id,
+                instances=features.float(),
+                label=names.index(sample.label),
+                coords=coords,
+                group=sample.group,
+            )
+        )
     return BagSet(bags=bags, label_names=names)
 
 
@@ -185,10 +201,17 @@ def train_classifier(model: MivpgForBagClassification, bags: Sequence[LabelledBa
 
 
 def collate(bags: Sequence[LabelledBag], device: torch.device) -> dict[str, Tensor]:
-    """`image_embeds` (B, N, P, D) and `image_mask` (B, N); instances (N, D) are images of one token."""
+    """`image_embeds` (B, N, P, D), `image_mask` (B, N) and, where all bags have them, `image_coords` (B, N, 2).
+
+    Instances (N, D) are images of one token.
+    """
     images = [bag.instances if bag.instances.ndim == 3 else bag.instances[:, None] for bag in bags]
     image_embeds, image_mask = pad_bags(images)
-    return {"image_embeds": image_embeds.to(device), "image_mask": image_mask.to(device)}
+    batch = {"image_embeds": image_embeds.to(device), "image_mask": image_mask.to(device)}
+    coords = [bag.coords for bag in bags if bag.coords is not None]
+    if len(coords) == len(bags):
+        batch["image_coords"] = pad_bags([of_bag.float() for of_bag in coords])[0].to(device)
+    return batch
 
 
 @torch.no_grad()
@@ -252,12 +275,12 @@ def score_predictions(bags: Sequence[LabelledBag], predictions: Sequence[Predict
 
 
 def split_into_folds(bags: Sequence[LabelledBag], config: ClassifierConfig) -> list[tuple[list[int], list[int]]]:
-    """Training and test indices of each fold: the bags' own folds, or stratified ones by seed.
+    """Training and test indices of each fold: the bags' own folds, or stratified ones by seed that divide no group.
 
     Raises:
-        MivpgError: Some bags have a fold and some none, or a class has fewer bags than there are folds.
+        MivpgError: Some bags have a fold and some none, or a class has fewer bags (or groups) than there are folds.
     """
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     given = [bag.fold for bag in bags]
     if all(fold is not None for fold in given):
@@ -274,10 +297,15 @@ def split_into_folds(bags: Sequence[LabelledBag], config: ClassifierConfig) -> l
     if any(fold is not None for fold in given):
         raise MivpgError("some bags have a fold and some have none; give each bag one, or none.")
     labels = [bag.label for bag in bags]
-    if (least := min(labels.count(label) for label in set(labels))) < config.num_folds:
-        raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} bags, fewer than folds.")
-    folds = StratifiedKFold(config.num_folds, shuffle=True, random_state=config.seed)
-    return [(train.tolist(), test.tolist()) for train, test in folds.split(np.zeros(len(labels)), labels)]
+    groups = [f"bag {index}" if bag.group is None else f"group {bag.group}" for index, bag in enumerate(bags)]
+    of_class = [{group for group, other in zip(groups, labels, strict=True) if other == label} for label in set(labels)]
+    if (least := min(map(len, of_class))) < config.num_folds:
+        what = "bags" if len(set(groups)) == len(bags) else "groups"
+        raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} {what}, fewer than folds.")
+    one_a_bag = len(set(groups)) == len(bags)
+    fold_class = StratifiedKFold if one_a_bag else StratifiedGroupKFold
+    folds = fold_class(config.num_folds, shuffle=True, random_state=config.seed)
+    return [(train.tolist(), test.tolist()) for train, test in folds.split(np.zeros(len(labels)), labels, groups)]
 
 
 def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict[str, Any]:
@@ -289,16 +317,23 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
         out: Gets `config.json`, for each fold a model `fold-K/` and its predictions `fold-K.jsonl`, and `metrics.json`.
 
     Returns:
-        What `metrics.json` holds: the scores of each fold, and their mean and standard deviation.
+        What `metrics.json` holds: the scores of each fold, and of each score its mean and standard deviation over the
+        folds that have it, and their number (an AUC needs two classes).
 
     Raises:
         MivpgError: The folder holds a run of another config or other bags, or the folds cannot be made.
     """
     mark = out / "config.json"
-    asked = asdict(config) | {"num_bags": len(bag_set.bags), "label_names": bag_set.label_names}
-    if mark.exists() and (found := json.loads(mark.read_text(encoding="utf-8"))) != asked:
-        different = sorted(name for name in asked if found.get(name) != asked[name])
-        raise MivpgError(f"{out} holds a run with another {', '.join(different)}; name another folder.")
+    if len(bag_set.label_names) < 2:
+        raise MivpgError(f"all bags have the label {bag_set.label_names[0]!r}, expected at least two labels.")
+    asked = asdict(config) | {"bags": _digest(bag_set), "label_names": bag_set.label_names}
+    if mark.exists():
+        found = read_json(mark)
+        different = sorted(name for name in asked if not isinstance(found, dict) or found.get(name) != asked[name])
+        if different:
+            raise MivpgError(f"{out} holds a run with another {', '.join(different)}; name another folder.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MivpgError(f"{out} is in use, expected a new or empty folder.")
     folds = split_into_folds(bag_set.bags, config)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(mark, json.dumps(asked, indent=2) + "\n")
@@ -309,6 +344,7 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
         test_bags = [bag_set.bags[index] for index in test]
         if not file.exists():
             model = make_classifier(config, width=width, num_labels=len(bag_set.label_names))
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
             train_classifier(model, [bag_set.bags[index] for index in train], config)
             model.save_pretrained(out / f"fold-{number}")
             predictions = predict(model, test_bags, with_instances=True)
@@ -318,7 +354,8 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
         logger.info(
             "fold %d of %d: %s", number + 1, len(folds), ", ".join(f"{k} {v:.3f}" for k, v in scores[-1].items())
         )
-    values = {name: [fold[name] for fold in scores if name in fold] for name in scores[0]}
+    names = dict.fromkeys(name for fold in scores for name in fold)
+    values = {name: [fold[name] for fold in scores if name in fold] for name in names}
     results = {
         "folds": scores,
         "mean": {name: float(np.mean(those)) for name, those in values.items()},
@@ -326,5 +363,15 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
             name: float(np.std(those, ddof=1)) if len(those) > 1 else 0.0 for name, those in values.items()
         },
     }
+    results["num_folds"] = {name: len(those) for name, those in values.items()}
     write_whole(out / "metrics.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _digest(bag_set: BagSet) -> str:
+    """What tells whether bags, labels and folds are still the same."""
+    sha256 = hashlib.sha256()
+    for bag in bag_set.bags:
+        sha256.update(json.dumps([bag.id, bag.label, bag.fold, bag.group, list(bag.instances.shape)]).encode())
+        sha256.update(bag.instances.contiguous().numpy().tobytes())
+    return sha256.hexdigest()

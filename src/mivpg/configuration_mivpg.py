@@ -1,7 +1,9 @@
 """What a MIVPG is made of: BLIP-2's configuration, and the options that the paper adds to its Q-Former."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import AddedToken, AutoConfig, Blip2Config, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -220,6 +222,17 @@ class MivpgConfig(PreTrainedConfig):
             }
             | options,
         )
+
+
+def plain_options(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Options as they are meant: those of a YAML file or a command line arrive as texts ("false", "8")."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return yaml.safe_load(value) if isinstance(value, str) else value
+
+    return None if options is None else {name.replace("-", "_"): plain(value) for name, value in options.items()}
 
 
 def add_image_token(tokenizer) -> int:

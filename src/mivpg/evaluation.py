@@ -249,6 +249,9 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, f
 def bootstrap_interval_over_seeds(values: Sequence[Sequence[float]], *, seed: int = 0) -> dict[str, float]:
     """The mean of a value a bag over several seeds, and its 95 % interval: seeds are resampled, and bags within each.
 
+    With three seeds the interval covers less than it says where seeds differ more than bags do (.79 in a simulation,
+    .93 where they differ alike), and more where they do not differ at all (.99).
+
     Args:
         values: Of each seed, a value a bag.
         seed: Of the resampling.
@@ -317,7 +320,8 @@ def share_naming_the_label(
 ) -> float:
     """How many captions are those of their bag's label: a caption's label is that of the training caption next to it.
 
-    Next is the one that shares most words (F1 over distinct words; among equals the label that is most common there).
+    Next is the one that shares most words (F1 over distinct words; among equals the label that is most common there);
+    a caption that shares none with any is wrong.
 
     Args:
         predictions: Bag id to caption.
@@ -334,8 +338,10 @@ def share_naming_the_label(
         words = set(_normalized(predictions[sample.id]).split())
         overlap = {those: 2 * len(words & those) / (len(words) + len(those) or 1) for those in labels_of}
         most = max(overlap.values(), default=0.0)
+        if most == 0.0:
+            continue
         found = sum((labels_of[those] for those, value in overlap.items() if value == most), Counter())
-        right += bool(found) and found.most_common(1)[0][0] == sample.label
+        right += found.most_common(1)[0][0] == sample.label
     return right / len(test)
 
 

@@ -116,7 +116,7 @@ class _InstancesAsk(torch.autograd.Function):
             grad_attention = grad_chunk @ value.mT  # (B, m, A R)
             dropped = attention
             if ctx.dropout:
-                scale = is_kept[:, part] / (1 - ctx.dropout)
+                scale = is_kept[:, part].to(dtype) / (1 - ctx.dropout)
                 dropped, grad_attention = attention * scale, grad_attention * scale
             grad_value += dropped.mT @ grad_chunk
             grad_scores = torch._softmax_backward_data(

@@ -53,7 +53,14 @@ from mivpg.bags import (
     select,
 )
 from mivpg.captioning import GenerationOptions, caption_bags
-from mivpg.configuration_mivpg import Q_FORMERS, AggregatorName, InstanceCorrelation, PatchPooling, PositionEncoding
+from mivpg.configuration_mivpg import (
+    Q_FORMERS,
+    AggregatorName,
+    InstanceCorrelation,
+    PatchPooling,
+    PositionEncoding,
+    plain_options,
+)
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
@@ -133,6 +140,9 @@ class ModelConfig:
     """Put prompts into the tokenizer's chat template."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the frozen parts; `auto` is as they are stored. What MIVPG consists of is float32."""
+
+    def __post_init__(self) -> None:
+        self.aggregator_options = plain_options(self.aggregator_options)
 
     def load(self) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
         """The model and its processor.

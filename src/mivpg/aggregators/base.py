@@ -135,13 +135,13 @@ class ScoringAggregator(nn.Module):
 def check_counts(**options: int) -> None:
     """Raises a `MivpgError` that names the option where one is below 1."""
     for name, value in options.items():
-        if value < 1:
+        if not isinstance(value, int) or value < 1:
             raise MivpgError(f"{name} is {value!r}, expected an integer of at least 1.")
 
 
 def check_dropout(dropout: float) -> None:
     """Raises a `MivpgError` where it is no probability below 1."""
-    if not 0 <= dropout < 1:
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise MivpgError(f"dropout is {dropout!r}, expected a number from 0 to below 1.")
 
 

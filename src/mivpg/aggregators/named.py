@@ -45,9 +45,10 @@ def make_aggregator(config: MivpgConfig, prompt_size: int | None) -> Aggregator 
     """
     name, options = config.aggregator, dict(config.aggregator_options or {})
     aggregator_class = (AGGREGATORS | SCORING_AGGREGATORS)[name]
-    known = list(inspect.signature(aggregator_class).parameters)[1:]
+    sizes = ("image_embeds_size", "num_prompts", "hidden_size", "num_labels")  # which the model gives
+    known = [parameter for parameter in inspect.signature(aggregator_class).parameters if parameter not in sizes]
     if unknown := sorted(options.keys() - set(known)):
-        raise MivpgError(f"aggregator_options: {name} has no {unknown[0]!r}; it has {', '.join(known)}.")
+        raise MivpgError(f"aggregator_options: {name} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
     if name in SCORING_AGGREGATORS:
         if prompt_size is not None:
             raise MivpgError(
@@ -57,5 +58,6 @@ def make_aggregator(config: MivpgConfig, prompt_size: int | None) -> Aggregator 
         return SCORING_AGGREGATORS[name](config.image_embeds_size, num_labels=config.num_logits, **options)
     if prompt_size is None and inspect.signature(aggregator_class).parameters["hidden_size"].default is not None:
         prompt_size = config.qformer_config.hidden_size  # one that has no width of its own
-    sizes = {"num_prompts": config.num_query_tokens, "hidden_size": prompt_size}
-    return AGGREGATORS[name](config.image_embeds_size, **sizes | options)
+    return AGGREGATORS[name](
+        config.image_embeds_size, num_prompts=config.num_query_tokens, hidden_size=prompt_size, **options
+    )

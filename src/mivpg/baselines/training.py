@@ -135,7 +135,7 @@ def train_baseline(
     ]
     record = {
         "config": dataclasses.asdict(config),
-        "data": _digest(train, val),
+        "data": _digest(train, val, features),
         "row_width": row_width,
         "max_words": max(len(lesson.words) for lesson in lessons) - 1,  # with <end>
         "vocabulary": vocabulary.words,
@@ -287,9 +287,9 @@ def _claim(file: Path, record: Mapping[str, Any]) -> None:
         raise MivpgError(f"{file}: this run was begun with other slides or captions; name another folder.")
 
 
-def _digest(train: Sequence[Sample], val: Sequence[Sample]) -> str:
-    """What tells whether slides, their order and captions are still the same."""
-    data = [[(sample.id, sample.captions) for sample in split] for split in (train, val)]
+def _digest(train: Sequence[Sample], val: Sequence[Sample], features: SlideFeatures) -> str:
+    """What tells whether slides, their order, captions and number of copies are still the same."""
+    data = [[(sample.id, sample.captions, len(features[sample.id])) for sample in split] for split in (train, val)]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 

@@ -37,6 +37,10 @@ class LabelledBag:
     instance_labels: Tensor | None = None
     """(instances of the bag,) int64."""
     fold: int | None = None
+    coords: Tensor | None = None
+    """(instances of the bag, 2) x and y, where they are known."""
+    group: str | None = None
+    """What no cross-validation divides, such as a patient."""
 
 
 @dataclass

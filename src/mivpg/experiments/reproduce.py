@@ -42,7 +42,7 @@ from mivpg.evaluation import (
 from mivpg.experiments.data import SCALES, DataName, ExperimentData
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
-from mivpg.files import write_whole
+from mivpg.files import read_json, write_whole
 from mivpg.report import BarChart, Examples, Table, Text, write_report
 from mivpg.training import ModelConfig, TrainConfig
 
@@ -109,7 +109,7 @@ def reproduce(
         raise MivpgError("--scale paper needs --data-root, the folder with abo, patch_gastric and coco.")
     names = [*names, *(name for name in known if "all" in names and not known[name].apart)]
     chosen = [known[name] for name in dict.fromkeys(names) if name != "all"]
-    _claim(out, scale)
+    _claim(out, scale, data_root)
     data = ExperimentData(scale=SCALES[scale], out=out, data_root=data_root)
     arms = {(arm.data, arm.name): arm for experiment in chosen for arm in experiment.arms}
     for arm in arms.values():
@@ -143,15 +143,25 @@ def reproduce(
     return results
 
 
-def _claim(out: Path, scale: str) -> None:
+def _claim(out: Path, scale: str, data_root: Path | None) -> None:
+    """Makes the folder that of these settings, so that no run is taken for one of others."""
     mark = out / "reproduce.json"
+    settings = {name: value for name, value in asdict(SCALES[scale]).items() if name != "settings"}
+    of_data = {
+        name: {key: value for key, value in asdict(those).items() if key != "draw"}
+        for name, those in SCALES[scale].settings.items()
+    }
+    asked = json.loads(json.dumps([settings, of_data, data_root and data_root.resolve()], default=str))
     if mark.exists():
-        if (found := json.loads(mark.read_text(encoding="utf-8"))["scale"]) != scale:
-            raise MivpgError(f"{out} holds experiments at the scale {found!r}; name another folder.")
+        if (found := read_json(mark)) != {"scale": scale, "settings": asked}:
+            other = found.get("scale") if isinstance(found, dict) else None
+            raise MivpgError(
+                f"{out} holds experiments at the scale {other!r} with other settings; name another folder."
+            )
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MivpgError(f"{out} is in use, expected a new or empty folder.")
-    write_whole(mark, json.dumps({"scale": scale}) + "\n")
+    write_whole(mark, json.dumps({"scale": scale, "settings": asked}, indent=2) + "\n")
 
 
 def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
@@ -438,7 +448,7 @@ def _lead(scale: str, num_seeds: int) -> str:
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation over seeds."""
     if not values:
-        return "failed"
+        return "–"
     deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{deviation}"
 

@@ -165,7 +165,8 @@ def step_cost(
         the least of three; `peak_memory_gb` of this process so far.
     """
     by_size = sorted(samples, key=bag_size)
-    chosen = by_size[:: max(1, len(by_size) // batch_size)][:batch_size]
+    number = min(batch_size, len(by_size))
+    chosen = [by_size[round(place * (len(by_size) - 1) / max(1, number - 1))] for place in range(number)]
     dataset = BagDataset(chosen, prompt=processor.prompt, training=True)
     batch = BagCollator(processor, training=True)([dataset[index] for index in range(len(chosen))])
     batch = {name: value.to(model.device) for name, value in batch.items()}
