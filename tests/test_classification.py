@@ -291,7 +291,7 @@ def test_coordinates_reach_the_model():
 def test_options_that_an_aggregator_does_not_have():
     with pytest.raises(MivpgError, match="aggregator_options: ds_mil has no 'num_labels'"):
         make_classifier(config_of("ds_mil", aggregator_options={"num_labels": 3}), width=WIDTH, num_labels=2)
-    with pytest.raises(MivpgError, match="embed_size is 2.5, expected an integer"):
+    with pytest.raises(MivpgError, match=r"embed_size is 2\.5, expected an integer"):
         make_classifier(config_of("abmil", aggregator_options={"embed_size": 2.5}), width=WIDTH, num_labels=2)
     with pytest.raises(MivpgError, match="aggregator_options: abmil has no 'depth'"):
         make_classifier(config_of("abmil", aggregator_options={"depth": 3}), width=WIDTH, num_labels=2)

@@ -235,7 +235,7 @@ def test_what_is_not_there(tmp_path):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "used")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "reproduce.json").write_text('{"scale": "paper"}')
-    with pytest.raises(MivpgError, match="scale 'paper'"):
+    with pytest.raises(MivpgError, match="other settings, at the scale 'paper'"):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
 
 

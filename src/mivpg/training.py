@@ -283,6 +283,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     set_seed(config.seed)  # a new Q-Former is drawn here
     model, processor = config.model.load()
     processor.prompt = config.prompt
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise MivpgError(
+            f"model.trainable names {', '.join(model.config.trainable)}, of which this model has no weight."
+        )
     _check_fit(train_samples[0], model)
     trainer = MivpgTrainer(
         model,

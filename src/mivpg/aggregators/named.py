@@ -1,6 +1,7 @@
 """The aggregators by the names that `MivpgConfig.aggregator` has for them."""
 
 import inspect
+from typing import Any
 
 from mivpg.aggregators.base import Aggregator, ScoringAggregator
 from mivpg.aggregators.perceiver import PerceiverResampler
@@ -45,8 +46,8 @@ def make_aggregator(config: MivpgConfig, prompt_size: int | None) -> Aggregator 
     """
     name, options = config.aggregator, dict(config.aggregator_options or {})
     aggregator_class = (AGGREGATORS | SCORING_AGGREGATORS)[name]
-    sizes = ("image_embeds_size", "num_prompts", "hidden_size", "num_labels")  # which the model gives
-    known = [parameter for parameter in inspect.signature(aggregator_class).parameters if parameter not in sizes]
+    given = ("image_embeds_size", "num_prompts", "hidden_size", "num_labels")  # which the model gives
+    known = [parameter for parameter in inspect.signature(aggregator_class).parameters if parameter not in given]
     if unknown := sorted(options.keys() - set(known)):
         raise MivpgError(f"aggregator_options: {name} has no {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
     if name in SCORING_AGGREGATORS:
@@ -58,6 +59,5 @@ def make_aggregator(config: MivpgConfig, prompt_size: int | None) -> Aggregator 
         return SCORING_AGGREGATORS[name](config.image_embeds_size, num_labels=config.num_logits, **options)
     if prompt_size is None and inspect.signature(aggregator_class).parameters["hidden_size"].default is not None:
         prompt_size = config.qformer_config.hidden_size  # one that has no width of its own
-    return AGGREGATORS[name](
-        config.image_embeds_size, num_prompts=config.num_query_tokens, hidden_size=prompt_size, **options
-    )
+    sizes: dict[str, Any] = {"num_prompts": config.num_query_tokens, "hidden_size": prompt_size}
+    return AGGREGATORS[name](config.image_embeds_size, **sizes, **options)

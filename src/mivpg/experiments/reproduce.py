@@ -155,9 +155,7 @@ def _claim(out: Path, scale: str, data_root: Path | None) -> None:
     if mark.exists():
         if (found := read_json(mark)) != {"scale": scale, "settings": asked}:
             other = found.get("scale") if isinstance(found, dict) else None
-            raise MivpgError(
-                f"{out} holds experiments at the scale {other!r} with other settings; name another folder."
-            )
+            raise MivpgError(f"{out} holds experiments of other settings, at the scale {other!r}; name another folder.")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MivpgError(f"{out} is in use, expected a new or empty folder.")
@@ -596,7 +594,8 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
             Table(
                 title=f"Effects: {experiment.name}",
                 note="Bootstrap over seeds and bags. Present: the interval lies above zero. Absent: it holds zero and "
-                f"lies within a margin fixed beforehand, {MARGIN:.0%} of the second arm's CIDEr.",
+                f"lies within a margin fixed beforehand, {MARGIN:.0%} of the second arm's CIDEr. With three seeds an "
+                "interval covers less than 95 % where seeds differ more than bags do.",
                 columns=DIFFERENCE_COLUMNS,
                 rows=difference_rows(results),
             )
