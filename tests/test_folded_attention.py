@@ -132,8 +132,22 @@ def test_under_bf16_autocast_it_differs_as_little_as_straightforward_attention_d
     assert folded < 1.5 * straightforward
 
 
-def test_dropout_under_bf16_autocast_has_gradients_of_the_right_size(always_folded):
-    """Dropped weights are scaled up in the backward pass as in the forward, in the same dtype."""
+def test_gradients_under_dropout_are_those_of_finite_differences(always_folded):
+    """The same weights are dropped in each call."""
+    torch.manual_seed(0)
+    correlation = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].instance_correlation.double().train()
+    correlation.attention_dropout = 0.4
+    queries = torch.randn(1, 2, 16, dtype=torch.float64, requires_grad=True)
+    instances = torch.randn(1, 3, correlation.query.in_features, dtype=torch.float64, requires_grad=True)
+
+    def run(instances: Tensor, queries: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return correlation(instances, None, queries, queries)
+
+    assert torch.autograd.gradcheck(run, (instances, queries))
+
+
+def test_dropout_under_bf16_autocast_has_the_gradients_of_float32(always_folded):
     torch.manual_seed(0)
     correlation = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].instance_correlation.float().train()
     correlation.attention_dropout = 0.5
