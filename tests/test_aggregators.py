@@ -153,10 +153,17 @@ def test_it_trains_and_its_checkpoint_is_what_trained(tmp_path, aggregator):
     parts = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     of_qformer = {"qformer", "query_tokens", "language_projection"}
     assert parts == (of_qformer if aggregator == "qformer_per_image" else {"aggregator"})
+    with pytest.raises(MivpgError, match="base is a model with aggregator"):
+        ModelConfig(base=str(best), aggregator="mivpg").load()
     batch = processor(image_embeds=make_bags(), text="a photo of")
     again = MivpgForConditionalGeneration.from_pretrained(best).eval()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+def test_an_option_that_it_does_not_read_is_refused():
+    with pytest.raises(MivpgError, match="aggregator 'perceiver' does not read it"):
+        ModelConfig(base=str(BASE_MODEL), **options_of("perceiver"), position_encoding="ppeg").load()
 
 
 def test_a_scoring_aggregator_makes_no_prompts():

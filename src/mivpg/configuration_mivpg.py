@@ -178,6 +178,8 @@ class MivpgConfig(PreTrainedConfig):
                 )
         if self.qformer_config.encoder_hidden_size is None:
             self.qformer_config.encoder_hidden_size = self.image_embeds_size
+        if self.aggregator not in Q_FORMERS and self.qformer_config.position_encoding != "none":
+            raise MivpgError(f"position_encoding is MIVPG's; aggregator {self.aggregator!r} does not read it.")
         if self.aggregator_options and self.aggregator in Q_FORMERS:
             raise MivpgError(f"aggregator_options are for mivpg.aggregators; {self.aggregator} has qformer_config.")
         if self.patch_pooling == "cls" and self.num_prefix_tokens == 0:

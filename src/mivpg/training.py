@@ -65,6 +65,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer
 from mivpg.feature_files import features_shape
+from mivpg.loading import load_config
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor, model_options
 
@@ -161,6 +162,9 @@ class ModelConfig:
                 new_mivpg.pop("num_query_tokens", None)
             if new_mivpg:
                 raise MivpgError(f"model: base brings its own {', '.join(new_mivpg)}; leave one of the two out.")
+            of_base = load_config(self.base, {})[0].aggregator
+            if self.aggregator not in (None, of_base) and of_base != "mivpg":
+                raise MivpgError(f"model: base is a model with aggregator {of_base!r}, not {self.aggregator!r}.")
             model = MivpgForConditionalGeneration.from_pretrained(self.base, dtype=self.dtype, **options, **caption_end)
             return model, MivpgProcessor.from_pretrained(self.base, **texts, **model_options(model.config))
         if self.language is None:
