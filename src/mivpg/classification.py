@@ -35,7 +35,7 @@ from mivpg.datasets.bag_file import load_bag_file
 from mivpg.datasets.bag_set import BagSet, LabelledBag, read_bag_set
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import read_features
-from mivpg.files import read_json, write_whole
+from mivpg.files import read_json, refuse_used, write_whole
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from mivpg.processing_mivpg import pad_bags
 from mivpg.training import QFormerSizes
@@ -299,10 +299,10 @@ def split_into_folds(bags: Sequence[LabelledBag], config: ClassifierConfig) -> l
     labels = [bag.label for bag in bags]
     groups = [f"bag {index}" if bag.group is None else f"group {bag.group}" for index, bag in enumerate(bags)]
     of_class = [{group for group, other in zip(groups, labels, strict=True) if other == label} for label in set(labels)]
-    if (least := min(map(len, of_class))) < config.num_folds:
-        what = "bags" if len(set(groups)) == len(bags) else "groups"
-        raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} {what}, fewer than folds.")
     one_a_bag = len(set(groups)) == len(bags)
+    if (least := min(map(len, of_class))) < config.num_folds:
+        what = "bags" if one_a_bag else "groups"
+        raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} {what}, fewer than folds.")
     fold_class = StratifiedKFold if one_a_bag else StratifiedGroupKFold
     folds = fold_class(config.num_folds, shuffle=True, random_state=config.seed)
     return [(train.tolist(), test.tolist()) for train, test in folds.split(np.zeros(len(labels)), labels, groups)]
@@ -332,8 +332,8 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
         different = sorted(name for name in asked if not isinstance(found, dict) or found.get(name) != asked[name])
         if different:
             raise MivpgError(f"{out} holds a run with another {', '.join(different)}; name another folder.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MivpgError(f"{out} is in use, expected a new or empty folder.")
+    else:
+        refuse_used(out)
     folds = split_into_folds(bag_set.bags, config)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(mark, json.dumps(asked, indent=2) + "\n")
@@ -362,8 +362,8 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
         "standard_deviation": {
             name: float(np.std(those, ddof=1)) if len(those) > 1 else 0.0 for name, those in values.items()
         },
+        "num_folds": {name: len(those) for name, those in values.items()},
     }
-    results["num_folds"] = {name: len(those) for name, those in values.items()}
     write_whole(out / "metrics.json", json.dumps(results, indent=2) + "\n")
     return results
 

@@ -36,7 +36,7 @@ from mivpg.evaluation import CaptionScorer, bootstrap_interval, caption_floors
 from mivpg.experiments.runner import FineTuning, run_all
 from mivpg.feature_files import read_features
 from mivpg.features import extract_features
-from mivpg.files import write_whole
+from mivpg.files import refuse_used, write_whole
 from mivpg.miniature import BASE_MODEL
 from mivpg.miniature.base import PROMPT
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
@@ -166,8 +166,7 @@ def _claim(out: Path, config: DemoConfig) -> None:
         if (found := json.loads(mark.read_text())) != asked:
             raise MivpgError(f"{out} holds a demo of {found}, and {asked} is asked for; name another folder.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MivpgError(f"{out} is in use, expected a new or empty folder for the demo.")
+    refuse_used(out, " for the demo")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(mark, json.dumps(asked, indent=2) + "\n")
 

@@ -58,6 +58,12 @@ def check_columns(path: Path, rows: csv.DictReader, expected: tuple[str, ...]) -
         raise MivpgError(f"{path} has the columns {', '.join(found) or '(none)'}, expected {' and '.join(expected)}.")
 
 
+def refuse_used(folder: Path, what_for: str = "") -> None:
+    """Raises a `MivpgError` where a folder that is to be made holds something, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MivpgError(f"{folder} is in use, expected a new or empty folder{what_for}.")
+
+
 def last_json_line(path: Path) -> Any:
     """The last whole line of a file of JSON lines; None where there is none, or no file."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []

@@ -37,7 +37,7 @@ from mivpg.baselines.recurrent import PAD, RecurrentCaptioner, WordVocabulary, c
 from mivpg.errors import MivpgError
 from mivpg.evaluation import CaptionScorer
 from mivpg.feature_files import features_shape, read_features
-from mivpg.files import read_json, write_whole
+from mivpg.files import read_json, refuse_used, write_whole
 
 SlideFeatures = Mapping[str, Sequence[Path | Tensor]]
 """By slide id, one or more copies of a slide: each a features file, of which every vector is a row, or rows (M, C)."""
@@ -275,8 +275,7 @@ def _claim(file: Path, record: Mapping[str, Any]) -> None:
     """Makes the run's folder, or checks that it holds the same run."""
     asked = json.loads(json.dumps(record))
     if not file.exists():
-        if file.parent.exists() and (not file.parent.is_dir() or any(file.parent.iterdir())):
-            raise MivpgError(f"{file.parent} is in use, expected a new or empty folder for the run.")
+        refuse_used(file.parent, " for the run")
         write_whole(file, json.dumps(asked, indent=2) + "\n")
         return
     found = read_json(file)

@@ -274,7 +274,7 @@ class ExperimentData:
                 if not file.exists():
                     first = read_features(sample.features)[0][:1].to(self.scale.store_dtype)
                     write_whole(file, save({"image_embeds": first}))
-        self.ready.add((name, view))
+        self.ready |= {(name, "all"), (name, view)}  # first images are taken from all
 
     def backbone(self, name: BackboneName) -> Backbone:
         """A backbone of Table 1, at the miniature's scale first trained on generated patches."""

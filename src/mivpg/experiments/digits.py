@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mivpg.classification import ClassifierConfig, make_classifier, predict, score_predictions, train_classifier
 from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
-from mivpg.files import write_whole
+from mivpg.files import refuse_used, write_whole
 from mivpg.report import Table, Text, write_report
 from mivpg.training import QFormerSizes
 
@@ -180,8 +180,8 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
     asked = json.dumps(config.__dict__, indent=2) + "\n"
     if mark.exists() and mark.read_text(encoding="utf-8") != asked:
         raise MivpgError(f"{out} holds digits of another size; name another folder.")
-    if not mark.exists() and out.exists() and any(out.iterdir()):
-        raise MivpgError(f"{out} is in use, expected a new or empty folder.")
+    if not mark.exists():
+        refuse_used(out)
     write_whole(mark, asked)
     jobs = [
         (arm, task, number, seed)

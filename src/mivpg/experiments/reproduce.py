@@ -42,7 +42,7 @@ from mivpg.evaluation import (
 from mivpg.experiments.data import SCALES, DataName, ExperimentData
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
-from mivpg.files import read_json, write_whole
+from mivpg.files import read_json, refuse_used, write_whole
 from mivpg.report import BarChart, Examples, Table, Text, write_report
 from mivpg.training import ModelConfig, TrainConfig
 
@@ -157,8 +157,7 @@ def _claim(out: Path, scale: str, data_root: Path | None) -> None:
             other = found.get("scale") if isinstance(found, dict) else None
             raise MivpgError(f"{out} holds experiments of other settings, at the scale {other!r}; name another folder.")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MivpgError(f"{out} is in use, expected a new or empty folder.")
+    refuse_used(out)
     write_whole(mark, json.dumps({"scale": scale, "settings": asked}, indent=2) + "\n")
 
 
@@ -240,6 +239,7 @@ def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> FineTuning:
     num_pairs = len(one_pair_a_reference(select(dataset.load(), "train")))
     num_steps = training.num_train_epochs * math.ceil(num_pairs / training.batch_size) if arm.trains else 0
     return FineTuning(
+        measures_cost=True,
         name=f"{arm.data} seed {seed} {arm.name}",
         log=data.out / "logs" / place / f"{arm.name}.txt",
         model=model,

@@ -71,6 +71,8 @@ class FineTuning(Run):
     """Its `model` is the one above."""
     generation: GenerationOptions
     prompt: str
+    measures_cost: bool = False
+    """Whether it also says what a training step costs."""
 
     @property
     def num_logged_steps(self) -> int:
@@ -93,7 +95,7 @@ class FineTuning(Run):
             folder = train(self.training, resume=True)
             model = MivpgForConditionalGeneration.from_pretrained(folder)
             processor = MivpgProcessor.from_pretrained(folder)
-        if self.training is not None and not self.cost_file.exists():
+        if self.measures_cost and self.training is not None and not self.cost_file.exists():
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             samples = select(self.training.dataset.load(), "train")
             cost = step_cost(model, processor, samples, batch_size=self.training.batch_size)
