@@ -14,7 +14,19 @@ from PIL import Image, ImageColor
 
 from mivpg import report
 from mivpg.errors import BagError
-from mivpg.report import BagExample, BarChart, Examples, Table, Text, draw_chart, draw_example, is_number, write_report
+from mivpg.report import (
+    BagExample,
+    BarChart,
+    Examples,
+    Part,
+    Picture,
+    Table,
+    Text,
+    draw_chart,
+    draw_example,
+    is_number,
+    write_report,
+)
 
 HOSTILE = """</style></title>--><script>alert("1")</script><img src='http://x' onerror="2"> {{ 3 }} & 'ü' $_$"""
 VOID = {"meta", "img"}
@@ -79,7 +91,7 @@ def chart() -> BarChart:
     )
 
 
-def hostile_parts(example: BagExample) -> list[Table | BarChart | Text | Examples]:
+def hostile_parts(example: BagExample) -> list[Part]:
     hostile = BagExample(
         id=HOSTILE,
         title=HOSTILE,
@@ -92,6 +104,7 @@ def hostile_parts(example: BagExample) -> list[Table | BarChart | Text | Example
         Table(title=HOSTILE, note=HOSTILE, columns=["", HOSTILE], rows=[[HOSTILE, HOSTILE]], emphasised=[HOSTILE]),
         BarChart(title=HOSTILE, note=HOSTILE, bars={HOSTILE: {HOSTILE: 1.0}}, emphasised=HOSTILE),
         Text(title=HOSTILE, paragraphs=[HOSTILE]),
+        Picture(title=HOSTILE, note=HOSTILE, png=b"PNG", alt=HOSTILE),
         Examples(title=HOSTILE, note=HOSTILE, examples=[hostile], emphasised=HOSTILE),
     ]
 
@@ -100,11 +113,12 @@ def test_data_is_text_wherever_it_stands(tmp_path, example):
     write_report(tmp_path / "a.html", title=HOSTILE, lead=HOSTILE, parts=hostile_parts(example))
     write_report(tmp_path / "b.html", title="x", lead="x", parts=[])
     page, empty = Page(tmp_path / "a.html"), Page(tmp_path / "b.html")
-    count = dict.fromkeys(["title", "h1", "h3", "td", "dt"], 1) | {"h2": 4, "p": 5, "th": 2, "dd": 2, "span": 1}
+    count = dict.fromkeys(["title", "h1", "h3", "td", "dt"], 1) | {"h2": 5, "p": 6, "th": 2, "dd": 2, "span": 1}
     for tag, number in count.items():
         assert page.text(tag).count(HOSTILE) == number, tag
     assert "script" not in dict(page.elements)
-    assert len(page.all("img")) == 1 + len(example.images)
+    assert len(page.all("img")) == 2 + len(example.images)
+    assert [HOSTILE, "data:image/png;base64,UE5H"] in [[img["alt"], img["src"]] for img in page.all("img")]
     assert page.text("style") == empty.text("style")
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 

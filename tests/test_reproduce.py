@@ -15,11 +15,14 @@ from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
 from mivpg.experiments import data, reproduce
-from mivpg.experiments.data import MINIATURE, PAPER, SCALES
+from mivpg.experiments.data import MINIATURE, PAPER, SCALES, ExperimentData
 from mivpg.experiments.paper import Claim, experiments
 from mivpg.experiments.reproduce import Difference
+from mivpg.miniature import base
+from mivpg.miniature.base import Recipe
 from mivpg.miniature.catalogue import make_catalogue
 from mivpg.miniature.coco import make_coco
+from mivpg.miniature.encoder_decoder import make_encoder_decoder_base
 from mivpg.miniature.patch_gastric import make_patch_gastric
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,10 +48,16 @@ def tiny_scale():
         MINIATURE,
         settings=settings,
         subset_sizes=(16, 32),
+        unfrozen_sizes=(16,),
         epochs=(0, 2),
         recurrent={"embedding_dim": 8, "hidden_dim": 8, "num_epochs": 1},
         pretraining=None,
     )
+
+
+TINY_BASE = Recipe(
+    num_texts=40, text_steps=1, num_pictures=8, vision_steps=0, language_steps=1, picture_batch=4, text_batch=6
+)
 
 
 def few_arms(scale):
@@ -58,8 +67,10 @@ def few_arms(scale):
         "table1": {("slides", "csa"), ("slides", "recurrent_densenet121_augmented"), ("slides", "recurrent_vit")},
         "table2": {("products", "zero_shot"), ("products", "csa")},
         "table3": {("products", "csa"), ("slides", "csa"), ("slides", "induced")},
+        "table4": {("slides", "csa"), ("slides", "csa_other")},
         "figure4": {("scenes", f"{name}_16") for name in ("none", "ppeg")},
         "figure5": {("slides", "epoch_0"), ("slides", "epoch_2")},
+        "figure8": {("scenes", "ppeg_16"), ("scenes", "unfrozen_larger_16")},
         "aggregators": {("products", "qformer_per_image"), ("products", "csa")},
     }
     return {
@@ -77,6 +88,8 @@ def whole(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setitem(SCALES, "miniature", tiny_scale())
     patch.setattr(reproduce, "experiments", few_arms)
+    patch.setattr(base, "NUM_HELD_OUT", 12)
+    patch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
     broken = out / "runs" / "slides" / "seed-1" / "induced"
 
     def claim(folder, *settings):
@@ -113,6 +126,30 @@ def test_an_arm_that_fails_leaves_the_others(whole):
     assert row["failed"]["1"].startswith(f"{out / 'logs' / 'slides' / 'seed-1' / 'induced.txt'}: output_dir:")
     assert "Failed: MIVPG, induced" in (out / "table3.md").read_text()
     assert "Failed: table3" in (out / "report.html").read_text()
+
+
+def test_the_command_says_that_something_failed(whole):
+    _, results = whole
+    assert [name for name, found in results.items() if reproduce.has_failed(found)] == ["table3"]
+
+
+def test_arms_on_other_data_go_on(tmp_path, capsys):
+    """One data set is there, another is not, and a base is not: what can run is made ready and named."""
+    root = tmp_path / "root"
+    make_catalogue(root / "abo", num_products=3, seed=0)
+    data = ExperimentData(scale=PAPER, out=tmp_path / "out", data_root=root)
+    data.scale = dataclasses.replace(PAPER, base=MINIATURE.base, other_base=str(tmp_path / "nowhere"))
+    known = experiments(data.scale)
+    arms = [known["table2"].arms[-1], known["figure4"].arms[0]]
+    arms += [arm for arm in known["table4"].arms if arm.data == "products" and arm.base == "other"]
+    missing = reproduce._prepare(data, arms)
+    assert missing.keys() == {("scenes", "all", "main"), ("products", "all", "other")}
+    said = capsys.readouterr().out
+    assert f"{root / 'coco'} does not exist, expected MSCOCO 2014" in said and "train2014.zip" in said
+    assert "nowhere does not exist" in said and "hf download" in said
+    assert "These arms can run without it: products csa.\n" in said
+    with pytest.raises(MivpgError, match="coco does not exist"):
+        reproduce._prepare(data, arms[1:2])
 
 
 def test_captions_of_several_epochs_are_of_one_training(whole):

@@ -472,19 +472,21 @@ def reproduce(
     """Run the paper's tables and figures, or all of them; an interrupted run goes on when it is started again.
 
     Args:
-        experiments: table1, table2, table3, figure4, figure5, or all of them; aggregators, every aggregator on every
-            data set; or, by itself, digits: bags of real handwritten digits classified by each, half an hour.
+        experiments: table1 to table4, figure4, figure5, figure6, figure8, claims, or all of them; aggregators, every
+            aggregator on every data set; readings, what the paper leaves open, both ways; or, by itself, digits: bags
+            of real handwritten digits classified by each, half an hour.
         out: A new or empty folder, or that of an interrupted run.
-        scale: `miniature` draws its own data and takes about an hour for all; `paper` has the paper's models and data.
+        scale: `miniature` draws its own data, two hours for all; `paper` has the paper's models and data.
         seeds: How many; each draws split and training order.
         data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`.
     """
-    from mivpg.experiments.reproduce import as_markdown
+    from mivpg.experiments.reproduce import as_markdown, has_failed
     from mivpg.experiments.reproduce import reproduce as run
 
     if not experiments:
         raise MivpgError(
-            "name what to reproduce: table1, table2, table3, figure4, figure5, all, aggregators, or digits."
+            "name what to reproduce: table1, table2, table3, table4, figure4, figure5, figure6, figure8, claims, all, "
+            "aggregators, readings, or digits."
         )
     if seeds < 1:
         raise MivpgError(f"--seeds is {seeds}, expected at least 1.")
@@ -498,9 +500,14 @@ def reproduce(
         print((out / "digits.md").read_text(encoding="utf-8"))
         print(out / "report.html")
         return
-    for results in run(experiments, scale=scale, out=out, num_seeds=seeds, data_root=data_root).values():
+    found = run(experiments, scale=scale, out=out, num_seeds=seeds, data_root=data_root)
+    for results in found.values():
         print(as_markdown(results))
     print(out / "report.html")
+    if failed := [name for name, results in found.items() if has_failed(results)]:
+        raise MivpgError(
+            f"not all of {', '.join(failed)} could be run; the tables say what failed, and where the log is."
+        )
 
 
 @app.command

@@ -347,14 +347,14 @@ def _maker(vision_model: nn.Module, image_processor: Any) -> dict[str, Any]:
     settings["image_processor_type"] = type(image_processor).__name__  # with the backend, which the settings leave out
     settings.pop("processor_class", None)  # says who holds it
     return {
-        "vision_model": _weights_digest(vision_model),
+        "vision_model": weights_digest(vision_model),
         "pillow": PIL.__version__,
         # A setting that is not set may be one that another release of transformers does not know.
         **{f"image_processor.{name}": value for name, value in settings.items() if value is not None},
     }
 
 
-def _weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module) -> str:
     """sha256 of a module's weights with their names, dtypes and shapes."""
     sha256 = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):

@@ -97,6 +97,19 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure that exists as a PNG already."""
+
+    kind: ClassVar[str] = "picture"
+
+    title: str
+    note: str = ""
+    png: bytes
+    alt: str
+    """What it shows, for those who do not see it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BagExample:
     """One bag, what was written about it and what models wrote."""
 
@@ -127,7 +140,11 @@ class Examples:
     """The system whose caption stands first, in bold."""
 
 
-def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Table | BarChart | Text | Examples]) -> None:
+Part = Table | BarChart | Text | Picture | Examples
+"""A section of a report."""
+
+
+def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Part]) -> None:
     """Writes one page that needs nothing else: pictures and styles inside, no script, nothing from the network.
 
     The same parts give the same bytes. The file is written whole or not at all.

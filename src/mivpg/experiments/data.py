@@ -1,6 +1,7 @@
 """The data of the experiments at two scales: the generated miniatures, and the real data sets with the paper's models.
 
 out/data/products|slides|scenes/   the miniatures, in the real data sets' files; at the paper's scale, the data root
+out/other_base/                    the miniature base with the other kind of language model, where one is asked for
 out/features/…                     what the frozen vision model says of each image, computed once for all runs
 """
 
@@ -22,19 +23,23 @@ from mivpg.datasets.coco import CocoConfig
 from mivpg.datasets.patch_gastric import PatchGastricConfig
 from mivpg.errors import MivpgError
 from mivpg.feature_files import read_features
-from mivpg.features import extract_features
+from mivpg.features import extract_features, weights_digest
 from mivpg.files import write_whole
 from mivpg.miniature import BASE_MODEL
+from mivpg.miniature.base import RECIPE_FILE
 from mivpg.miniature.catalogue import make_catalogue
 from mivpg.miniature.coco import make_coco
+from mivpg.miniature.encoder_decoder import make_encoder_decoder_base
 from mivpg.miniature.patch_gastric import make_patch_gastric
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 
 BackboneName = Literal["densenet121", "efficientnet_b3"]
 DataName = Literal["products", "slides", "scenes"]
-View = Literal["all", "main"]
-"""All images of a bag, or its first alone."""
+View = Literal["all", "main", "pixels"]
+"""All images of a bag, or its first alone, as the store has them; or all as pixels, which are looked at in each run."""
+BaseName = Literal["main", "other"]
+"""The base that every table has, or one with the other kind of language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,19 @@ class Scale:
 
     name: Literal["miniature", "paper"]
     base: str
-    """Folder or Hub id of the BLIP-2 that every arm starts from."""
+    """Folder or Hub id of the BLIP-2 that arms start from."""
+    other_base: str | None
+    """The same with the other kind of language model; None = the miniature one, which is trained first."""
+    language_models: Mapping[BaseName, str]
+    """What they are called."""
     store_dtype: torch.dtype
     settings: Mapping[DataName, Settings]
     subset_sizes: tuple[int, ...]
     """Training pairs of Figure 4."""
+    unfrozen_sizes: tuple[int, ...]
+    """Those of Figure 8."""
+    image_sizes: tuple[int, int]
+    """Pixels a side: the vision model's own, and those that the unfrozen one is trained at."""
     epochs: tuple[int, ...]
     """After which Figure 5 looks at captions; the last is how long it trains."""
     recurrent: Mapping[str, Any]
@@ -110,6 +123,8 @@ def _settings(name: DataName, draw: Callable[[Path], Any], tokens: Literal["all"
 MINIATURE = Scale(
     name="miniature",
     base=str(BASE_MODEL),
+    other_base=None,
+    language_models={"main": "decoder-only Llama", "other": "encoder-decoder T5"},
     store_dtype=torch.float16,
     settings={
         "products": _settings(
@@ -124,7 +139,7 @@ MINIATURE = Scale(
             "slides",
             lambda root: make_patch_gastric(root, num_slides=300, seed=0),
             "cls",
-            training={"num_train_epochs": 20, "batch_size": 16, "learning_rate": 1e-3},
+            training={"num_train_epochs": 40, "batch_size": 8, "learning_rate": 1e-3},
             generation=GenerationOptions(num_beams=1, max_new_tokens=96),
             max_caption_tokens=96,
         ),
@@ -138,8 +153,10 @@ MINIATURE = Scale(
         ),
     },
     subset_sizes=(250, 500, 1000, 2000),
+    unfrozen_sizes=(250, 1000),
+    image_sizes=(96, 156),
     epochs=(0, 1, 4, 14, 30),
-    recurrent={"embedding_dim": 64, "hidden_dim": 128, "num_epochs": 20},
+    recurrent={"embedding_dim": 64, "hidden_dim": 128},
     num_tokens=65,
     num_query_tokens=16,
     perceiver={"depth": 3, "num_heads": 4, "head_size": 32},
@@ -163,6 +180,8 @@ def _is_there(root: Path) -> None:
 PAPER = Scale(
     name="paper",
     base="Salesforce/blip2-flan-t5-xl",
+    other_base="Salesforce/blip2-opt-2.7b",
+    language_models={"main": "encoder-decoder FLAN-T5-XL", "other": "decoder-only OPT-2.7b"},
     store_dtype=torch.bfloat16,
     settings={
         "products": _settings(
@@ -191,6 +210,8 @@ PAPER = Scale(
         ),
     },
     subset_sizes=(50_000, 100_000, 200_000, 560_000),
+    unfrozen_sizes=(50_000, 100_000, 200_000, 560_000),
+    image_sizes=(224, 364),
     epochs=(0, 1, 4, 14, 30),
     recurrent={},
     num_tokens=257,
@@ -213,9 +234,10 @@ class ExperimentData:
     out: Path
     data_root: Path | None = None
     """The folder of the real data sets, at the paper's scale."""
-    ready: set[tuple[DataName, View]] = field(default_factory=set)
+    stores: dict[tuple[DataName, View, BaseName], Path | None] = field(default_factory=dict)
+    """What has been prepared; None = pixels."""
     stored: dict[DataName, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
-    """The features file of each bag."""
+    """The features file of each bag, as the main base's vision model sees it."""
     backbones: dict[BackboneName, Backbone] = field(default_factory=dict)
 
     def root(self, name: DataName) -> Path:
@@ -225,24 +247,36 @@ class ExperimentData:
         assert self.data_root is not None
         return self.data_root / self.scale.settings[name].real_folder
 
-    def store(self, name: DataName, view: View) -> Path:
-        """The feature store of a view."""
-        return self.out / "features" / f"{name}_{view}"
+    def base(self, name: BaseName) -> str:
+        """Folder or Hub id of a base; at the miniature's scale the other one is trained when it is first asked for."""
+        if name == "main":
+            return self.scale.base
+        if self.scale.other_base is not None:
+            return self.scale.other_base
+        folder = self.out / "other_base"
+        if not (folder / RECIPE_FILE).exists():
+            print(f"The base with the {self.scale.language_models[name]} …", flush=True)
+            make_encoder_decoder_base(folder)
+        return str(folder)
 
-    def dataset(self, name: DataName, view: View, seed: int, num_pairs: int | None = None) -> DatasetConfig:
+    def dataset(
+        self, name: DataName, view: View, seed: int, num_pairs: int | None = None, base: BaseName = "main"
+    ) -> DatasetConfig:
         """A data set as a run reads it; the seed draws the split, or the training pairs where the split is fixed."""
-        root, features = self.root(name), self.store(name, view)
+        root, features = self.root(name), None if view == "pixels" else self.stores[name, view, base]
         if name == "products":
             return DatasetConfig(abo=AboConfig(root=root, split_seed=seed), features=features)
         if name == "slides":
             return DatasetConfig(patch_gastric=PatchGastricConfig(root=root, split_seed=seed), features=features)
         return DatasetConfig(coco=CocoConfig(root=root, num_train_pairs=num_pairs, subset_seed=seed), features=features)
 
-    def prepare(self, name: DataName, view: View) -> None:
+    def prepare(self, name: DataName, view: View, base: BaseName = "main") -> None:
         """Draws what is to be drawn, and fills the store.
 
+        Bases whose vision models are the same to the last bit share a store.
+
         Raises:
-            MivpgError: A real data set is not there; says which, where it was looked for and where to get it.
+            MivpgError: A real data set or a base is not there; says which, where it was looked for and where to get it.
         """
         settings, root = self.scale.settings[name], self.root(name)
         try:
@@ -250,31 +284,42 @@ class ExperimentData:
         except FileNotFoundError:
             raise MivpgError(
                 f"{root} does not exist, expected {settings.real_name} there: {settings.where_from}. "
-                "Experiments on other data sets can run without it."
+                "Arms on other data sets can run without it."
             ) from None
-        config = self.dataset(name, view, seed=0)
-        config.features = None
-        samples = config.load()
-        model = MivpgForConditionalGeneration.from_pretrained(self.scale.base, instance_correlation="none")
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        processor = MivpgProcessor.from_pretrained(self.scale.base)
+        samples = self.dataset(name, "pixels", seed=0).load()
+        self.stores[name, "pixels", base] = None
+        if view == "pixels":
+            return
+        where = self.base(base)
+        try:
+            model = MivpgForConditionalGeneration.from_pretrained(where, instance_correlation="none")
+            processor = MivpgProcessor.from_pretrained(where)
+        except MivpgError as error:
+            raise MivpgError(
+                f"{error} This base comes from the Hub by `hf download {where}`. "
+                "Table 1's recurrent decoders on DenseNet121 and EfficientNet-B3 can run without it."
+            ) from error
+        assert model.vision_model is not None
+        of_model = self.out / "features" / f"{name}_{weights_digest(model.vision_model)[:12]}"
         stored = extract_features(
-            model,
+            model.to("cuda" if torch.cuda.is_available() else "cpu"),
             processor,
             samples,
-            self.store(name, "all"),
+            of_model / "all",
             tokens=settings.tokens,
             dtype=self.scale.store_dtype,
         )
-        self.stored[name] = {sample.id: [sample.features] for sample in stored if sample.features is not None}
+        self.stores[name, "all", base] = of_model / "all"
+        if base == "main":
+            self.stored[name] = {sample.id: [sample.features] for sample in stored if sample.features is not None}
         if view == "main":
+            self.stores[name, "main", base] = of_model / "main"
             for sample in tqdm(stored, desc="first images", unit="bag", delay=1, leave=False, disable=None):
                 assert sample.features is not None
-                file = self.store(name, "main") / sample.features.name
+                file = of_model / "main" / sample.features.name
                 if not file.exists():
                     first = read_features(sample.features)[0][:1].to(self.scale.store_dtype)
                     write_whole(file, save({"image_embeds": first}))
-        self.ready |= {(name, "all"), (name, view)}  # first images are taken from all
 
     def backbone(self, name: BackboneName) -> Backbone:
         """A backbone of Table 1, at the miniature's scale first trained on generated patches."""
@@ -290,12 +335,10 @@ class ExperimentData:
 
     def backbone_features(self, name: BackboneName, *, augmented: bool) -> Mapping[str, Sequence[Path]]:
         """Files of every slide's features by a backbone of Table 1: of its augmented copies, or of it as it is."""
-        config = self.dataset("slides", "all", seed=0)
-        config.features = None
         backbone = self.backbone(name)
         return slide_features(
             backbone.to("cuda" if torch.cuda.is_available() else "cpu"),
-            config.load(),
+            self.dataset("slides", "pixels", seed=0).load(),
             self.out / "features" / f"slides_{name}{'_augmented' * augmented}",
             image_size=self.scale.patch_size,
             augment=augmented,

@@ -4,11 +4,14 @@ Of one data set all arms of MIVPG and of what stands in its place have the same 
 generation; they differ in what stands here. An arm that stands in two tables is run once.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from mivpg.experiments.data import BackboneName, DataName, Scale, View
+from mivpg.configuration_mivpg import DEFAULT_TRAINABLE
+from mivpg.experiments.data import BackboneName, BaseName, DataName, ExperimentData, Scale, View
+from mivpg.report import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,7 @@ class Arm:
     title: str
     data: DataName
     view: View = "all"
+    base: BaseName = "main"
     model: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig`."""
     trains: bool = True
@@ -46,6 +50,21 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What was measured on trained models beside the scores of their captions."""
+
+    values: Mapping[str, Any]
+    """For the JSON file."""
+    tables: Sequence[Table] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """PNGs by title."""
+
+
+Models = Mapping[tuple[DataName, str], Mapping[int, Path]]
+"""Folders of trained models, by data set and arm, then by seed; those of runs that failed are not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A table or a figure."""
 
@@ -57,8 +76,10 @@ class Experiment:
     """Whether "all", the paper's own tables and figures, leaves it out."""
     with_costs: bool = False
     """Whether the table says what each arm costs."""
-    curve: tuple[str, tuple[str, ...]] | None = None
-    """Of a figure: the label of its axis, and its lines: the arms whose names begin with each, over pairs or epochs."""
+    curve: tuple[str, Mapping[str, str]] | None = None
+    """Of a figure: the label of its axis, and its lines: what the names of a line's arms begin with, and its label."""
+    measure: Callable[[ExperimentData, Models], Finding] | None = None
+    """What looks into its trained models."""
     num_examples: int = 0
     """Test bags of which it shows what each arm writes."""
 
@@ -91,6 +112,7 @@ def _recurrent(backbone: BackboneName | None, title: str, *, augmented: bool = F
         name=f"recurrent_{backbone or 'vit'}{'_augmented' * augmented}",
         title=f"Recurrent decoder, {title}{', augmented' * augmented}",
         data="slides",
+        view="all" if backbone is None else "pixels",
         recurrent=True,
         backbone=backbone,
         augmented=augmented,
@@ -164,20 +186,42 @@ TABLE3 = Experiment(
 )
 
 
+def table4(scale: Scale) -> Experiment:
+    """Table 4, the case study: MIVPG under the other kind of language model; on products, too."""
+    arms = [
+        replace(arm, name=f"{arm.name}{suffix}", title=f"{arm.title}, {scale.language_models[base]}", base=base)
+        for without, csa in ((SLIDE_WITHOUT_CSA, SLIDE_CSA), (PRODUCT_WITHOUT_CSA, PRODUCT_CSA))
+        for base, suffix in (("main", ""), ("other", "_other"))
+        for arm in (without, csa)
+    ]
+    return Experiment(
+        name="table4",
+        title="Table 4: another kind of language model",
+        arms=tuple(arms),
+        claims=(
+            Claim(
+                better="csa_other", worse="without_csa_other", says=f"CSA helps the {scale.language_models['other']}"
+            ),
+            Claim(better="csa", worse="csa_other", says=f"the {scale.language_models['main']} is better"),
+        ),
+    )
+
+
+def _scenes(name: str, num_pairs: int) -> Arm:
+    return Arm(
+        name=f"{name}_{num_pairs}",
+        title=f"{num_pairs:,} pairs, {'with' if name == 'ppeg' else 'without'} PPEG",
+        data="scenes",
+        model=Q_FORMER | {"position_encoding": name},
+        num_pairs=num_pairs,
+    )
+
+
 def figure4(scale: Scale) -> Experiment:
     """Figure 4: PPEG on and off, over the number of training pairs."""
     arms, claims = [], []
     for num_pairs in scale.subset_sizes:
-        for name, title in (("none", "without PPEG"), ("ppeg", "with PPEG")):
-            arms.append(
-                Arm(
-                    name=f"{name}_{num_pairs}",
-                    title=f"{num_pairs:,} pairs, {title}",
-                    data="scenes",
-                    model=Q_FORMER | {"position_encoding": name},
-                    num_pairs=num_pairs,
-                )
-            )
+        arms += [_scenes("none", num_pairs), _scenes("ppeg", num_pairs)]
         says = f"PPEG helps with {num_pairs:,} training pairs"
         claims.append(Claim(better=f"ppeg_{num_pairs}", worse=f"none_{num_pairs}", says=says))
     return Experiment(
@@ -185,7 +229,7 @@ def figure4(scale: Scale) -> Experiment:
         title="Figure 4: PPEG on single pictures, over training pairs",
         arms=tuple(arms),
         claims=tuple(claims),
-        curve=("training pairs", ("none", "ppeg")),
+        curve=("training pairs", {"none": "without PPEG", "ppeg": "with PPEG"}),
     )
 
 
@@ -205,8 +249,48 @@ def figure5(scale: Scale) -> Experiment:
         name="figure5",
         title="Figure 5: captions of slides as training goes on",
         arms=arms,
-        curve=("epochs", ("epoch",)),
+        curve=("epochs", {"epoch": "MIVPG"}),
         num_examples=3,
+    )
+
+
+def figure8(scale: Scale) -> Experiment:
+    """Figure 8: the vision model frozen at its own size and unfrozen at a larger one, and each at the other's.
+
+    All with PPEG, so that what is frozen at its own size is an arm of Figure 4.
+    """
+    arms, claims = [], []
+    own, larger = scale.image_sizes
+    lines: dict[str, tuple[str, dict[str, Any]]] = {
+        "ppeg": (f"frozen, {own} pixels", {}),
+        "frozen_larger": (f"frozen, {larger} pixels", {"image_size": larger}),
+        "unfrozen": (f"unfrozen, {own} pixels", {"trainable": [*DEFAULT_TRAINABLE, "vision_model"]}),
+        "unfrozen_larger": (
+            f"unfrozen, {larger} pixels",
+            {"trainable": [*DEFAULT_TRAINABLE, "vision_model"], "image_size": larger},
+        ),
+    }
+    for num_pairs in scale.unfrozen_sizes:
+        frozen = _scenes("ppeg", num_pairs)
+        for name, (title, changes) in lines.items():
+            arms.append(
+                replace(
+                    frozen,
+                    name=f"{name}_{num_pairs}",
+                    title=f"{num_pairs:,} pairs, {title}",
+                    model={**frozen.model, **changes},
+                    view="pixels" if changes else frozen.view,
+                )
+            )
+            if changes:
+                says = f"{title} is better than frozen, {own} pixels, with {num_pairs:,} training pairs"
+                claims.append(Claim(better=f"{name}_{num_pairs}", worse=f"ppeg_{num_pairs}", says=says))
+    return Experiment(
+        name="figure8",
+        title="Figure 8: the vision model frozen or not, over training pairs",
+        arms=tuple(arms),
+        claims=tuple(claims),
+        curve=("training pairs", {name: title for name, (title, _) in lines.items()}),
     )
 
 
@@ -275,7 +359,54 @@ def aggregators(scale: Scale) -> Experiment:
     )
 
 
+def readings(scale: Scale) -> Experiment:
+    """What the paper leaves open, read both ways; the tables have the first arm's reading."""
+
+    def other(arm: Arm, name: str, title: str, **options: Any) -> Arm:
+        return replace(arm, name=name, title=f"{arm.title}, {title}", model={**arm.model, **options})
+
+    def restarted(csa: Arm) -> Arm:
+        return other(csa, "csa_restarted", "each block from the raw instances", instances_carry_over=False)
+
+    def from_random(csa: Arm) -> Arm:
+        return other(csa, "csa_from_random", "CSA from random weights", zero_init_residual=False)
+
+    num_pairs = max(scale.subset_sizes)
+    qformer, ppeg = _scenes("none", num_pairs), _scenes("ppeg", num_pairs)
+    csa, csa_ppeg = f"csa_{num_pairs}", f"csa_ppeg_{num_pairs}"
+    return Experiment(
+        name="readings",
+        title="What the paper leaves open, read both ways",
+        arms=(
+            PRODUCT_CSA,
+            restarted(PRODUCT_CSA),
+            from_random(PRODUCT_CSA),
+            other(PRODUCT_CSA, "csa_without_prefix", "AB-MIL without CLS", pool_include_prefix=False),
+            SLIDE_CSA,
+            restarted(SLIDE_CSA),
+            from_random(SLIDE_CSA),
+            qformer,
+            ppeg,
+            other(qformer, csa, "with CSA", instance_correlation="csa"),
+            other(ppeg, csa_ppeg, "with CSA", instance_correlation="csa"),
+        ),
+        claims=(
+            Claim(better="csa", worse="csa_restarted", says="instances that carry over are better than raw ones"),
+            Claim(better="csa", worse="csa_from_random", says="a start at zero is better than a random one"),
+            Claim(better="csa", worse="csa_without_prefix", says="AB-MIL with CLS is better than over patches alone"),
+            Claim(better=csa, worse=qformer.name, says="CSA helps on single pictures"),
+            Claim(better=csa_ppeg, worse=ppeg.name, says="so it does beside PPEG"),
+            Claim(better=ppeg.name, worse=qformer.name, says="PPEG helps on single pictures"),
+        ),
+        apart=True,
+    )
+
+
 def experiments(scale: Scale) -> dict[str, Experiment]:
     """All, by name."""
-    those = (TABLE1, TABLE2, TABLE3, figure4(scale), figure5(scale), aggregators(scale))
+    those = (
+        *(TABLE1, TABLE2, TABLE3, table4(scale)),
+        *(figure4(scale), figure5(scale), figure8(scale)),
+        *(aggregators(scale), readings(scale)),
+    )
     return {experiment.name: experiment for experiment in those}

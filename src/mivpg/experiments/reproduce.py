@@ -17,7 +17,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,12 +39,12 @@ from mivpg.evaluation import (
     share_naming_the_label,
     unseen_bags,
 )
-from mivpg.experiments.data import SCALES, DataName, ExperimentData
+from mivpg.experiments.data import SCALES, BaseName, DataName, ExperimentData, View
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import read_json, refuse_used, write_whole
-from mivpg.report import BarChart, Examples, Table, Text, write_report
-from mivpg.training import ModelConfig, TrainConfig
+from mivpg.report import BarChart, Part, Picture, Table, Text, write_report
+from mivpg.training import BEST, ModelConfig, TrainConfig
 
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
 PROMPT = "a photo of"
@@ -112,15 +112,15 @@ def reproduce(
     _claim(out, scale, data_root)
     data = ExperimentData(scale=SCALES[scale], out=out, data_root=data_root)
     arms = {(arm.data, arm.name): arm for experiment in chosen for arm in experiment.arms}
-    for arm in arms.values():
-        if (arm.data, arm.view) not in data.ready:
-            print(f"Data: {arm.data}, {arm.view} images …", flush=True)
-            data.prepare(arm.data, arm.view)
     seeds = range(num_seeds)
+    missing = _prepare(data, arms.values())
     runs: dict[Key, Run] = {}
     failed: dict[Key, str] = {}
     for arm in arms.values():
         for seed in seeds:
+            if reason := missing.get((arm.data, arm.view, arm.base)):
+                failed[arm.data, arm.name, seed] = reason
+                continue
             try:
                 runs[arm.data, arm.name, seed] = _run(data, arm, seed)
             except MivpgError as error:  # the other arms can run
@@ -133,12 +133,15 @@ def reproduce(
     with closing(_Scores(data, runs)) as scores:
         results = {experiment.name: _results(experiment, seeds, scores, failed) for experiment in chosen}
     for experiment in chosen:
+        if experiment.measure is not None:
+            print(f"Measuring: {experiment.name} …", flush=True)
+            results[experiment.name]["finding"] = _finding(data, experiment, runs)
         _write(out, experiment, results[experiment.name])
     write_report(
         out / "report.html",
         title="MIVPG: the paper's experiments" + (" in miniature" if scale == "miniature" else ""),
         lead=_lead(scale, num_seeds),
-        parts=[part for experiment in chosen for part in _report_parts(experiment, results[experiment.name])],
+        parts=[part for experiment in chosen for part in _report_parts(out, experiment, results[experiment.name])],
     )
     return results
 
@@ -159,6 +162,34 @@ def _claim(out: Path, scale: str, data_root: Path | None) -> None:
         return
     refuse_used(out)
     write_whole(mark, json.dumps({"scale": scale, "settings": asked}, indent=2) + "\n")
+
+
+def _prepare(data: ExperimentData, arms: Collection[Arm]) -> dict[tuple[DataName, View, BaseName], str]:
+    """Makes ready what arms read.
+
+    Returns:
+        Of what is not there, why; the arms that can run without it go on.
+
+    Raises:
+        MivpgError: None can.
+    """
+    missing: dict[tuple[DataName, View, BaseName], str] = {}
+    for place in dict.fromkeys((arm.data, arm.view, arm.base) for arm in arms):
+        if place in data.stores:
+            continue
+        print(f"Data: {place[0]}, {place[1]} images …", flush=True)
+        try:
+            data.prepare(*place)
+        except MivpgError as error:
+            missing[place] = str(error)
+    able = [f"{arm.data} {arm.name}" for arm in arms if (arm.data, arm.view, arm.base) not in missing]
+    for reason in dict.fromkeys(missing.values()):
+        if not able:
+            raise MivpgError(reason)
+        print(f"  {reason}", flush=True)
+    if missing:
+        print(f"  These arms can run without it: {', '.join(able)}.", flush=True)
+    return missing
 
 
 def _run(data: ExperimentData, arm: Arm, seed: int) -> Run:
@@ -201,9 +232,10 @@ def _epoch_by_epoch(data: ExperimentData, arm: Arm, run: FineTuning, seed: int) 
 def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
     dataset = data.dataset(arm.data, arm.view, seed)
     place = Path(arm.data, f"seed-{seed}")
-    features = train_features = data.stored[arm.data]
-    made_by = f"the vision model of {data.scale.base}"
-    if arm.backbone is not None:
+    if arm.backbone is None:
+        features = train_features = data.stored[arm.data]
+        made_by = f"the vision model of {data.scale.base}"
+    else:
         features = data.backbone_features(arm.backbone, augmented=False)
         train_features = data.backbone_features(arm.backbone, augmented=True) if arm.augmented else features
         made_by = data.backbone(arm.backbone).description
@@ -222,9 +254,9 @@ def _recurrent_decoder(data: ExperimentData, arm: Arm, seed: int) -> Run:
 
 def _fine_tuning(data: ExperimentData, arm: Arm, seed: int) -> FineTuning:
     settings = data.scale.settings[arm.data]
-    dataset = data.dataset(arm.data, arm.view, seed, arm.num_pairs)
+    dataset = data.dataset(arm.data, arm.view, seed, arm.num_pairs, arm.base)
     place = Path(arm.data, f"seed-{seed}")
-    model = ModelConfig(base=data.scale.base, max_caption_tokens=settings.max_caption_tokens, **arm.model)
+    model = ModelConfig(base=data.base(arm.base), max_caption_tokens=settings.max_caption_tokens, **arm.model)
     training = TrainConfig(
         model=model,
         dataset=dataset,
@@ -267,7 +299,7 @@ class _Scores:
     def scorer(self, data: DataName, seed: int) -> tuple[CaptionScorer, list[Sample], list[Sample]]:
         """The scorer of a test split, its bags, and those that floors draw from."""
         if (data, seed) not in self.scorers:
-            samples = self.data.dataset(data, "all", seed).load()
+            samples = self.data.dataset(data, "pixels", seed).load()
             test = select(samples, "test")
             references = {sample.id: sample.captions for sample in test}
             scorer = CaptionScorer(references, METRICS, meteor=self.meteor)
@@ -344,7 +376,7 @@ def _results(
                 "failed": {str(seed): failed[arm.data, arm.name, seed] for seed in seeds if seed not in found},
             }
         )
-    for name in dict.fromkeys(arm.data for arm in experiment.arms):
+    for name in dict.fromkeys(row["data"] for row in rows if row["seeds"]):
         of_seeds = [scores.floors(name, seed) for seed in seeds]
         for floor in of_seeds[0]:
             metrics = {metric: [of_seed[floor][metric] for of_seed in of_seeds] for metric in METRICS}
@@ -363,15 +395,50 @@ def _results(
     }
 
 
+def _finding(data: ExperimentData, experiment: Experiment, runs: Mapping[Key, Run]) -> dict[str, Any]:
+    """What an experiment measures on its trained models: `values`, `tables`, and `pictures`, which lie beside.
+
+    It is measured again only where a model is another, which its captions tell.
+    """
+    assert experiment.measure is not None
+    models: dict[tuple[DataName, str], dict[int, Path]] = {}
+    digest = hashlib.sha256()
+    for arm in experiment.arms:
+        for (name, arm_name, seed), run in sorted(runs.items()):
+            if (name, arm_name) == (arm.data, arm.name) and isinstance(run, FineTuning) and run.is_done:
+                assert run.training is not None
+                models.setdefault((arm.data, arm.name), {})[seed] = run.training.output_dir / BEST
+                for file in run.captions:
+                    digest.update(f"{name} {arm_name} {seed} ".encode() + file.read_bytes())
+    cache = data.out / f"{experiment.name}.finding.json"
+    if cache.exists() and (known := read_json(cache))["models"] == digest.hexdigest():
+        return known
+    try:
+        finding = experiment.measure(data, models)
+    except MivpgError as error:
+        return {"values": {}, "tables": [], "pictures": {}, "failed": str(error)}
+    pictures = {title: f"{experiment.name}-{number}.png" for number, title in enumerate(finding.pictures, start=1)}
+    for title, file in pictures.items():
+        write_whole(data.out / file, finding.pictures[title])
+    found = {
+        "models": digest.hexdigest(),
+        "values": finding.values,
+        "tables": [asdict(table) for table in finding.tables],
+        "pictures": pictures,
+    }
+    write_whole(cache, json.dumps(found) + "\n")
+    return found
+
+
 def _examples(experiment: Experiment, scores: _Scores, seed: int) -> list[dict[str, Any]]:
     """Of some test bags, what people and every arm write; which, the seed alone decides."""
-    if not experiment.num_examples:
-        return []
     written = {}
     for arm in experiment.arms:
         file = _caption_file(scores.data.out, arm, seed)
         if file.exists():
             written[arm.title] = read_captions(file)
+    if not experiment.num_examples or not written:
+        return []
     _, test, _ = scores.scorer(experiment.arms[0].data, seed)
     chosen = random.Random(f"examples {seed}").sample(test, min(experiment.num_examples, len(test)))
     return [
@@ -451,6 +518,11 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3f}{deviation}"
 
 
+def has_failed(results: Mapping[str, Any]) -> bool:
+    """Whether an arm, or what was to be measured on them, failed."""
+    return any(row["failed"] for row in results["rows"]) or "failed" in results.get("finding", {})
+
+
 def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """Arms, then floors: data set, title and metrics."""
     rows = [
@@ -513,6 +585,13 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         lines += ["", *_markdown_table(["data", "", *COSTS.values()], rows)]
     if results["differences"]:
         lines += ["", *_markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
+    finding = results.get("finding", {})
+    for table in finding.get("tables", []):
+        lines += ["", f"## {table['title']}", "", table["note"], "", *_markdown_table(table["columns"], table["rows"])]
+    for title, file in finding.get("pictures", {}).items():
+        lines += ["", f"![{title}]({file})"]
+    if "failed" in finding:
+        lines += ["", f"Failed: {finding['failed']}"]
     for row in results["rows"]:
         for seed, reason in row["failed"].items():
             lines += ["", f"Failed: {row['title']} on {row['data']}, seed {seed}: {reason}"]
@@ -545,16 +624,16 @@ def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
     label, lines = experiment.curve
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for line in lines:
+    for line, name in lines.items():
         points = []
         for arm, row in zip(experiment.arms, results["rows"], strict=True):
             values = row["metrics"]["CIDEr"]
-            if arm.name.startswith(f"{line}_") and values:
+            if arm.name.rpartition("_")[0] == line and values:
                 place = arm.num_pairs if arm.epoch is None else arm.epoch
                 points.append((place, np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0))
         if points:
             x, y, error = zip(*points, strict=True)
-            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=line)
+            axes.errorbar(x, y, yerr=error, marker="o", capsize=3, label=name)
     axes.set(xlabel=label, ylabel="CIDEr", title=experiment.title)
     if all(arm.num_pairs for arm in experiment.arms):
         axes.set_xscale("log")
@@ -569,15 +648,16 @@ def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Table | BarChart | Text | Examples]:
-    parts: list[Table | BarChart | Text | Examples] = [
-        Table(title=experiment.title, columns=["data", "", *METRICS], rows=table_rows(results))
-    ]
+def _report_parts(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> list[Part]:
+    parts: list[Part] = [Table(title=experiment.title, columns=["data", "", *METRICS], rows=table_rows(results))]
     bars: dict[str, dict[str, float]] = {}
     for row in results["rows"]:
         if values := row["metrics"]["CIDEr"]:
             bars.setdefault(row["data"], {})[row["title"]] = float(np.mean(values))
     parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
+    if experiment.curve is not None:
+        alt = "The CIDEr of the table above as curves."
+        parts.append(Picture(title=f"Curves: {experiment.name}", png=draw_curve(experiment, results), alt=alt))
     if rows := label_rows(results):
         parts.append(Table(title=f"Subtypes: {experiment.name}", note=LABEL_NOTE, columns=LABEL_COLUMNS, rows=rows))
     for example in results["examples"]:
@@ -600,7 +680,12 @@ def _report_parts(experiment: Experiment, results: Mapping[str, Any]) -> list[Ta
                 rows=difference_rows(results),
             )
         )
-    failures = [
+    finding = results.get("finding", {})
+    parts += [Table(**table) for table in finding.get("tables", [])]
+    for title, file in finding.get("pictures", {}).items():
+        parts.append(Picture(title=title, png=(out / file).read_bytes(), alt=title))
+    failures = [finding["failed"]] if "failed" in finding else []
+    failures += [
         f"{row['title']} on {row['data']}, seed {seed}: {reason}"
         for row in results["rows"]
         for seed, reason in row["failed"].items()
