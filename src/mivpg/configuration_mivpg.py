@@ -66,6 +66,13 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
         parameters, but keys and values are the learned queries, so that nothing flows between instances.
     position_encoding (`str`, *optional*, defaults to `"none"`):
         `ppeg` adds the pyramid position encoding of TransMIL. It makes the order of a bag matter, by design.
+    instances_carry_over (`bool`, *optional*, defaults to `True`):
+        Whether a block goes on from the instances as the block before it has placed and correlated them. With `False`
+        each begins again with those that left the patch pooling. The paper leaves it open.
+    zero_init_residual (`bool`, *optional*, defaults to `True`):
+        Whether what `instance_correlation` and `position_encoding` add starts at zero, so that an untrained MIVPG is
+        the Q-Former on the same instances. With `False` the layers that write to the instances start as the Q-Former's
+        others do, from N(0, `initializer_range`).
     num_inducing_points (`int`, *optional*, defaults to 32):
         M' of Eq. 7, read by `induced` alone.
     num_landmarks (`int`, *optional*, defaults to 256):
@@ -77,6 +84,8 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
     encoder_hidden_size: Any = None  # int, known at the latest when `MivpgConfig` holds this config
     instance_correlation: InstanceCorrelation = "csa"
     position_encoding: PositionEncoding = "none"
+    instances_carry_over: bool = True
+    zero_init_residual: bool = True
     num_inducing_points: int = 32
     num_landmarks: int = 256
     pinv_iterations: int = 6
@@ -95,6 +104,8 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
         return (
             "instance_correlation",
             "position_encoding",
+            "instances_carry_over",
+            "zero_init_residual",
             "num_inducing_points",
             "num_landmarks",
             "pinv_iterations",
@@ -121,9 +132,15 @@ class MivpgConfig(PreTrainedConfig):
         Where it is not what the Q-Former expects, the instances pass an `instance_projection`.
     num_prefix_tokens (`int`, *optional*, defaults to 1):
         Tokens before an image's patches: 1 for CLIP and BLIP-2, 0 for SigLIP, 5 for DINOv2 with registers.
+    image_size (`int`, *optional*):
+        Pixels a side where images are not of the vision model's own size; its positions are then interpolated, as in
+        BLIP-2's fine-tuning at 364 pixels.
     patch_pooling (`str`, *optional*, defaults to `"none"`):
         How the P tokens of an image become one instance: `abmil` (Eq. 4), `gated_abmil`, `cls`, `mean` or `max`;
         with `none` every token is an instance.
+    pool_include_prefix (`bool`, *optional*, defaults to `True`):
+        Whether `abmil` and `gated_abmil` pool an image's prefix tokens (CLS) too, or its patches alone. The paper says
+        no more than "patches".
     aggregator (`str`, *optional*, defaults to `"mivpg"`):
         What turns a bag into visual prompts. `mivpg` is the Q-Former with all options above, so also the Q-Former on
         concatenated patches; `qformer_per_image` runs it on each image alone and concatenates what it says;
@@ -155,7 +172,9 @@ class MivpgConfig(PreTrainedConfig):
     image_token_index: int | None = None
     image_embeds_size: Any = None  # int after initialisation
     num_prefix_tokens: int = 1
+    image_size: int | None = None
     patch_pooling: PatchPooling = "none"
+    pool_include_prefix: bool = True
     aggregator: AggregatorName = "mivpg"
     aggregator_options: dict[str, Any] | None = None
     trainable: list[str] | tuple[str, ...] = DEFAULT_TRAINABLE
@@ -186,6 +205,11 @@ class MivpgConfig(PreTrainedConfig):
             raise MivpgError(
                 "patch_pooling='cls' takes an image's first token, but num_prefix_tokens is 0: "
                 "this vision model has no CLS token. Use abmil, mean or max."
+            )
+        if not self.pool_include_prefix and self.patch_pooling not in ("abmil", "gated_abmil"):
+            raise MivpgError(
+                f"pool_include_prefix is False, but patch_pooling={self.patch_pooling!r} does not read it: "
+                "abmil and gated_abmil do."
             )
 
     @property

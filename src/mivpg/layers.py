@@ -26,9 +26,14 @@ ABMIL_HIDDEN_SIZE = 128
 """L of Eq. 4."""
 
 
-def starting_at_zero(module: nn.Module) -> nn.Module:
-    """Marks a layer that `_init_weights` sets to zero, so that what it belongs to starts as the identity."""
-    module.starts_at_zero = True
+def starting_at_zero(module: nn.Module, zero: bool = True) -> nn.Module:
+    """Marks a layer that `_init_weights` sets to zero, so that what it belongs to starts as the identity.
+
+    Args:
+        module: The layer.
+        zero: False: it starts as other layers do, from N(0, `initializer_range`).
+    """
+    module.starts_at_zero = zero
     return module
 
 
@@ -39,25 +44,44 @@ class AttentionPooling(nn.Module):
     """AB-MIL (Eq. 3 and 4): an image is the weighted mean of its tokens, the weights come from a small network.
 
     `alpha = softmax(w^T tanh(u x))`, gated: `alpha = softmax(w^T (tanh(u x) * sigmoid(v x)))` (Ilse et al. 2018).
-    Eq. 4 has no biases. All P tokens take part, CLS too. `w` starts at zero, so that the pooling starts as the mean.
+    Eq. 4 has no biases. `w` starts at zero, so that the pooling starts as the mean. The paper does not say whether
+    CLS takes part; by default all P tokens do.
+
+    Args:
+        size: D.
+        gated: Whether there is a gate `v`.
+        num_left_out: Tokens before the patches (CLS) that get no weight.
     """
 
-    def __init__(self, size: int, *, gated: bool):
+    def __init__(self, size: int, *, gated: bool, num_left_out: int = 0):
         super().__init__()
+        self.num_left_out = num_left_out
         self.projection = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False)  # u
         self.gate = nn.Linear(size, ABMIL_HIDDEN_SIZE, bias=False) if gated else None  # v
         self.score = starting_at_zero(nn.Linear(ABMIL_HIDDEN_SIZE, 1, bias=False))  # w
 
-    def attention_weights(self, patches: Tensor) -> Tensor:
-        """The weight of each token of each image: (n, P, D) -> (n, P), each row sums to one."""
+    def attention_weights(self, tokens: Tensor) -> Tensor:
+        """The weight of each token of each image: (n, P, D) -> (n, P), each row sums to one; zero where left out.
+
+        Raises:
+            MivpgError: An image has no token beside those that are left out.
+        """
+        if tokens.shape[1] <= self.num_left_out:
+            raise MivpgError(
+                f"Images have {tokens.shape[1]} tokens, and AB-MIL leaves out the first {self.num_left_out} "
+                "(pool_include_prefix is False, num_prefix_tokens says how many): no patch is left to pool. Pass all "
+                "tokens of the vision model, or take pool_include_prefix=True."
+            )
+        patches = tokens[:, self.num_left_out :]
         hidden = torch.tanh(self.projection(patches))  # (n, P, L)
         if self.gate is not None:
             hidden = hidden * torch.sigmoid(self.gate(patches))
-        return self.score(hidden).squeeze(-1).softmax(dim=-1)
+        weights = self.score(hidden).squeeze(-1).softmax(dim=-1)
+        return F.pad(weights, (self.num_left_out, 0))
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """(n, P, D) -> (n, D)."""
-        return torch.einsum("np,npd->nd", self.attention_weights(patches), patches)
+        return torch.einsum("np,npd->nd", self.attention_weights(tokens), tokens)
 
 
 # ── Where instances stand: the pyramid position encoding of TransMIL ────────────────────────────────────────────────
@@ -87,17 +111,22 @@ class BagGrid:
 class PyramidPositionEncoding(nn.Module):
     """PPEG (TransMIL, Shao et al. 2021): depthwise convolutions over the grid of the instances, `x <- x + PPEG(x)`.
 
-    TransMIL writes `x + conv7(x) + conv5(x) + conv3(x)`; here the identity stands outside and the kernels and biases
-    start at zero, so that an untrained PPEG does nothing. The three kernels are summed to one 7x7 when they are run.
+    TransMIL writes `x + conv7(x) + conv5(x) + conv3(x)`; here the identity stands outside and, by default, the kernels
+    and biases start at zero, so that an untrained PPEG does nothing. The three kernels are summed to one 7x7 when they
+    are run.
     An image's prefix tokens (CLS) pass around. A bag without coordinates is laid out as TransMIL does: row by row in a
     square whose last cells repeat the first instances. That depends on the order and the length of the bag, so bags
     are encoded one by one, and a shuffled bag gives other prompts.
+
+    Args:
+        size: D.
+        zero_init: Whether the kernels start at zero.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, *, zero_init: bool = True):
         super().__init__()
         self.convolutions = nn.ModuleList(
-            starting_at_zero(nn.Conv2d(size, size, kernel_size, padding=kernel_size // 2, groups=size))
+            starting_at_zero(nn.Conv2d(size, size, kernel_size, padding=kernel_size // 2, groups=size), zero_init)
             for kernel_size in (7, 5, 3)
         )
 
@@ -173,8 +202,9 @@ class InstanceCorrelation(nn.Module):
     """What the ways to correlate instances share: `x <- x + W_o Attention(Q, K, V)`.
 
     The paper gives neither widths nor residual nor normalisation. Instances keep their width D, so that pretrained
-    cross-attention weights stay valid; `W_o` starts at zero, so that an untrained module changes nothing; and queries
-    are read from the instances as they are, which have left the vision model through its last LayerNorm.
+    cross-attention weights stay valid; `W_o` starts at zero, so that an untrained module changes nothing, unless
+    `zero_init_residual` is False; and queries are read from the instances as they are, which have left the vision model
+    through its last LayerNorm.
     """
 
     def __init__(self, config: MivpgQFormerConfig, key_size: int):
@@ -188,7 +218,8 @@ class InstanceCorrelation(nn.Module):
         self.query = nn.Linear(config.encoder_hidden_size, config.hidden_size)
         self.key = nn.Linear(key_size, config.hidden_size)
         self.value = nn.Linear(key_size, config.hidden_size)
-        self.output = starting_at_zero(nn.Linear(config.hidden_size, config.encoder_hidden_size))  # W_o
+        output = nn.Linear(config.hidden_size, config.encoder_hidden_size)
+        self.output = starting_at_zero(output, config.zero_init_residual)  # W_o
 
     def heads(self, states: Tensor) -> Tensor:
         """(B, L, H) -> (B, A, L, H/A)."""

@@ -35,7 +35,9 @@ from mivpg.errors import MivpgError
 CONFIG_FIELDS = (
     "num_query_tokens",
     "image_token_index",
+    "image_size",
     "patch_pooling",
+    "pool_include_prefix",
     "aggregator",
     "aggregator_options",
     "trainable",

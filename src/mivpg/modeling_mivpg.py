@@ -60,7 +60,7 @@ from mivpg.loading import language_model_class
 class MivpgLayer(GradientCheckpointingLayer):
     """A block of BLIP-2's Q-Former; one with cross-attention first places and correlates the instances.
 
-    Instances carry over from block to block, and each block has its own PPEG and CSA.
+    Each block has its own PPEG and CSA.
     """
 
     def __init__(self, config: MivpgQFormerConfig, layer_idx: int):
@@ -74,7 +74,9 @@ class MivpgLayer(GradientCheckpointingLayer):
             self.crossattention = Blip2QFormerAttention(config, is_cross_attention=True)
             self.crossattention.attention = folded_attention.FoldingCrossAttention(config, is_cross_attention=True)
             if config.position_encoding == "ppeg":
-                self.position_encoding = PyramidPositionEncoding(config.encoder_hidden_size)
+                self.position_encoding = PyramidPositionEncoding(
+                    config.encoder_hidden_size, zero_init=config.zero_init_residual
+                )
             if config.instance_correlation != "none":
                 self.instance_correlation = INSTANCE_CORRELATIONS[config.instance_correlation](config)
         self.intermediate_query = Blip2QFormerIntermediate(config)
@@ -90,7 +92,7 @@ class MivpgLayer(GradientCheckpointingLayer):
         grid: PatchGrid | BagGrid | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
-        """Queries (B, R, H) and instances (B, M, D), both for the next block."""
+        """Queries (B, R, H) for the next block, and the instances (B, M, D) that they have read."""
         if self.position_encoding is not None:
             instances = self.position_encoding(instances, grid)
         if self.instance_correlation is not None:
@@ -153,7 +155,11 @@ class MivpgPreTrainedModel(PreTrainedModel):
 
 
 class MivpgQFormerModel(MivpgPreTrainedModel):
-    """BLIP-2's Q-Former with instances that are placed and correlated; the trunk of the method."""
+    """BLIP-2's Q-Former with instances that are placed and correlated; the trunk of the method.
+
+    Instances carry over from block to block. The paper does not say so; with `config.instances_carry_over` False each
+    block begins with the instances as they came.
+    """
 
     config: MivpgQFormerConfig
     config_class = MivpgQFormerConfig
@@ -198,7 +204,7 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
         )
         queries = learned_queries
         for layer in self.encoder.layer:
-            queries, instances = layer(
+            queries, updated = layer(
                 queries,
                 instances,
                 learned_queries,
@@ -207,6 +213,8 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
                 grid=grid,
                 **kwargs,
             )
+            if self.config.instances_carry_over:
+                instances = updated
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
 
 
@@ -235,7 +243,11 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         self.vision_model = vision_model
         self.patch_pooling: AttentionPooling | None = None
         if config.patch_pooling in ("abmil", "gated_abmil"):
-            self.patch_pooling = AttentionPooling(config.image_embeds_size, gated=config.patch_pooling == "gated_abmil")
+            self.patch_pooling = AttentionPooling(
+                config.image_embeds_size,
+                gated=config.patch_pooling == "gated_abmil",
+                num_left_out=0 if config.pool_include_prefix else config.num_prefix_tokens,
+            )
         self.aggregator: Aggregator | ScoringAggregator | None = None
         self.qformer: MivpgQFormerModel | None = None
         self.query_tokens: nn.Parameter | None = None
@@ -269,7 +281,8 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         Args:
             pixel_values: (B, N, 3, h, w).
             image_mask: (B, N), 1 = real. Left out, every image is.
-            interpolate_pos_encoding: For images of another size than the vision model's own, where it knows how.
+            interpolate_pos_encoding: For images of another size than the vision model's own, where it knows how; set
+                `config.image_size` for a model that is made for another.
 
         Returns:
             (B, N, P, D), zero for padding. A feature map (a ResNet's) is flattened row by row.
@@ -279,6 +292,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         if pixel_values.ndim != 5:
             raise MivpgError(f"pixel_values are bags of images (B, N, 3, h, w); these are {tuple(pixel_values.shape)}.")
         real = pixel_values.flatten(0, 1) if image_mask is None else pixel_values[image_mask.bool()]
+        interpolate_pos_encoding = interpolate_pos_encoding or self.config.image_size is not None
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         trains = any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):

@@ -119,6 +119,8 @@ class ModelConfig:
     """Width of the features, where there is no vision model."""
     qformer: QFormerSizes | None = None
     """Sizes of a new Q-Former; by default BLIP-2's."""
+    image_size: int | None = None
+    """Pixels a side, where images are not of the vision model's own size; its positions are then interpolated."""
     num_query_tokens: int | None = None
     """Visual prompts a bag, of a new Q-Former or an aggregator in its place; an image, where each has its own."""
     patch_pooling: PatchPooling | None = None
@@ -127,6 +129,12 @@ class ModelConfig:
     """How the images of a bag see each other; the paper's is `csa`."""
     position_encoding: PositionEncoding | None = None
     """`ppeg` makes the order of the images matter."""
+    instances_carry_over: bool | None = None
+    """Whether a block goes on from the images as the block before has correlated them, or begins again."""
+    zero_init_residual: bool | None = None
+    """Whether what correlates and places images starts without effect, or at random."""
+    pool_include_prefix: bool | None = None
+    """Whether `abmil` pools an image's CLS token, too, or its patches alone."""
     aggregator: AggregatorName | None = None
     """What turns a bag into visual prompts, where it is not MIVPG."""
     aggregator_options: dict[str, Any] | None = None
@@ -152,7 +160,8 @@ class ModelConfig:
             MivpgError: The fields do not say which model, or it cannot be loaded.
         """
         options = self._given("patch_pooling", "instance_correlation", "position_encoding", "trainable")
-        options |= self._given("aggregator", "aggregator_options")
+        options |= self._given("instances_carry_over", "zero_init_residual", "pool_include_prefix")
+        options |= self._given("aggregator", "aggregator_options", "image_size")
         caption_end = self._given("caption_end_token_id")
         texts = self._given("max_caption_tokens", "chat")
         new_mivpg = self._given("language", "vision", "image_embeds_size", "num_query_tokens", "qformer")
@@ -166,7 +175,8 @@ class ModelConfig:
             if self.aggregator not in (None, of_base) and of_base != "mivpg":
                 raise MivpgError(f"model: base is a model with aggregator {of_base!r}, not {self.aggregator!r}.")
             model = MivpgForConditionalGeneration.from_pretrained(self.base, dtype=self.dtype, **options, **caption_end)
-            return model, MivpgProcessor.from_pretrained(self.base, **texts, **model_options(model.config))
+            processor = MivpgProcessor.from_pretrained(self.base, **texts, **model_options(model.config))
+            return model, self._resized(processor)
         if self.language is None:
             raise MivpgError("model: expected a base, or a language model (and a vision model) for a new MIVPG.")
         if self.vision is None and self.image_embeds_size is None:
@@ -181,7 +191,19 @@ class ModelConfig:
             **caption_end,
             **self._given("num_query_tokens"),
         )
-        return model, MivpgProcessor.from_vision_language_pretrained(self.vision, self.language, model.config, **texts)
+        processor = MivpgProcessor.from_vision_language_pretrained(self.vision, self.language, model.config, **texts)
+        return model, self._resized(processor)
+
+    def _resized(self, processor: MivpgProcessor) -> MivpgProcessor:
+        """With images of `image_size`; the processor is saved so."""
+        if self.image_size is None:
+            return processor
+        if processor.image_processor is None:
+            raise MivpgError("model: image_size is given, but there is no vision model.")
+        for name in ("size", "crop_size"):
+            if sides := getattr(processor.image_processor, name, None):
+                setattr(processor.image_processor, name, dict.fromkeys(dict(sides), self.image_size))
+        return processor
 
     def _given(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
