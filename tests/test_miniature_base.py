@@ -188,10 +188,13 @@ class TestData:
         assert num_told > 15
         assert 25 < num_alone < 50  # half, and those that show everything, or of which nothing is told
 
-    def test_every_text_begins_with_the_prompt(self):
-        texts = [make_text(0, index).text for index in range(100)]
-        texts += [make_picture("test", index).text for index in range(5)]
-        assert all(text.startswith(f"{PROMPT} ") and text.count(PROMPT) == 1 for text in texts)
+    def test_every_text_is_written_after_the_prompt(self):
+        model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
+        tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
+        lessons = [*(make_text(0, index) for index in range(100)), *(make_picture("test", index) for index in range(5))]
+        for lesson, ids in zip(lessons, base.written_ids(model, tokenizer, lessons), strict=True):
+            assert tokenizer.decode(ids) == f"{PROMPT} {lesson.text}{tokenizer.eos_token}"
+            assert PROMPT not in lesson.text
 
     def test_every_miniature_gives_its_share(self):
         pictures = [make_picture("test", index) for index in range(60)]

@@ -17,6 +17,8 @@ Three miniatures give the lessons: products from one side, scenes, and patches o
 pictures at once, nor a picture beside a text that says more than it and the keywords; of slides it has seen one patch
 at a time, and has read reports. What it has seen is in none of the data sets. Everything is a function of the seed; the
 last bits depend on the machine.
+
+`encoder_decoder.py` makes another base of it, with another kind of language model, by the same steps.
 """
 
 import dataclasses
@@ -27,9 +29,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +47,13 @@ from transformers import (
     Blip2Processor,
     BlipImageProcessorPil,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
 from mivpg.configuration_mivpg import IMAGE_TOKEN
 from mivpg.errors import MivpgError
+from mivpg.files import write_whole
 from mivpg.miniature import biopsies, scenes
 from mivpg.miniature import product_lessons as products
 from mivpg.miniature.lessons import IMAGE_SIZE, PictureLesson, TextLesson
@@ -58,7 +62,8 @@ from mivpg.miniature.processes import in_processes
 logger = logging.getLogger(__name__)
 
 PROMPT = "a photo of"
-"""BLIP-2's, before every text. Half of the time would leave a frozen model the choice of writing it."""
+"""BLIP-2's. A decoder-only model writes it before every text: half of the time would leave a frozen model the choice.
+An encoder reads it after the visual prompts, as it does when captions are trained on."""
 
 PATCH_SIZE = 12
 NUM_QUERIES = 16
@@ -127,17 +132,15 @@ CLASSES = tuple(name for miniature in MINIATURES for name in miniature.CLASSES)
 
 
 def make_text(seed: int, index: int) -> TextLesson:
-    """A text of one of the miniatures, after the prompt."""
+    """A text of one of the miniatures."""
     generator = random.Random(f"text {seed} {index}")
-    lesson = _draw_miniature(generator).text_lesson(generator)
-    return replace(lesson, text=f"{PROMPT} {lesson.text}")
+    return _draw_miniature(generator).text_lesson(generator)
 
 
 def make_picture(stream: str, index: int) -> PictureLesson:
-    """A picture of one of the miniatures, its text after the prompt."""
+    """A picture of one of the miniatures."""
     generator = random.Random(f"{stream} {index}")
-    lesson = _draw_miniature(generator).picture_lesson(generator)
-    return replace(lesson, text=f"{PROMPT} {lesson.text}")
+    return _draw_miniature(generator).picture_lesson(generator)
 
 
 def _draw_miniature(generator: random.Random) -> Any:
@@ -175,8 +178,13 @@ def classes_of(picture: PictureLesson) -> Tensor:
 # ── The model ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def base_config(tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
-    """Sizes: 65 tokens a picture, six Q-Former blocks of which three look at them, 16 queries."""
+def base_config(tokenizer: PreTrainedTokenizerFast, text: PreTrainedConfig) -> Blip2Config:
+    """Sizes: 65 tokens a picture, six Q-Former blocks of which three look at them, 16 queries.
+
+    Args:
+        tokenizer: Has the image mark.
+        text: The language model's.
+    """
     vision = {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -196,7 +204,19 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
         "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.08,
     }
-    text = LlamaConfig(
+    return Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text.to_dict(),
+        num_query_tokens=NUM_QUERIES,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+    )
+
+
+def start_with_llama(texts: Sequence[TextLesson]) -> tuple[Blip2ForConditionalGeneration, Blip2Processor]:
+    """A tokenizer of these texts, and a model that knows nothing, its language model a Llama."""
+    tokenizer = make_tokenizer([" ".join(["", *text.keywords, PROMPT, text.text]) for text in texts])
+    llama = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=320,
@@ -208,13 +228,9 @@ def base_config(tokenizer: PreTrainedTokenizerFast) -> Blip2Config:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return Blip2Config(
-        vision_config=vision,
-        qformer_config=qformer,
-        text_config=text.to_dict(),
-        num_query_tokens=NUM_QUERIES,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-    )
+    model = Blip2ForConditionalGeneration(base_config(tokenizer, llama))
+    model.query_tokens.data.normal_(std=0.02)
+    return model, make_processor(tokenizer)
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> Blip2Processor:
@@ -255,24 +271,49 @@ def keyword_embeds(model: Blip2ForConditionalGeneration, tokenizer: Any, words: 
     return F.embedding_bag(flat, embedding, torch.from_numpy(starts), mode="sum")
 
 
+def has_encoder(model: Blip2ForConditionalGeneration) -> bool:
+    """Whether an encoder reads keywords, visual prompts and the prompt, and a decoder writes the text alone."""
+    return model.config.text_config.is_encoder_decoder
+
+
+def written_ids(
+    model: Blip2ForConditionalGeneration, tokenizer: Any, lessons: Sequence[TextLesson] | Sequence[PictureLesson]
+) -> list[list[int]]:
+    """Tokens that the language model is to write, to the one that ends them; without an encoder, the prompt first."""
+    prompt = "" if has_encoder(model) else f"{PROMPT} "
+    rows = tokenizer([prompt + lesson.text for lesson in lessons])["input_ids"]
+    return [[*row, tokenizer.eos_token_id] for row in rows]
+
+
+def read_ids(model: Blip2ForConditionalGeneration, tokenizer: Any) -> list[int]:
+    """What stands before these tokens: an image mark for each visual prompt and, of an encoder, the prompt."""
+    marks = [model.config.image_token_index] * NUM_QUERIES
+    return marks + tokenizer(PROMPT)["input_ids"] if has_encoder(model) else marks
+
+
 def text_loss(
     model: Blip2ForConditionalGeneration,
     tokenizer: Any,
     texts: Sequence[TextLesson] | Sequence[PictureLesson],
     visual_prompts: Tensor | None = None,
 ) -> Tensor:
-    """Of the language model on texts, each after its keywords and, of pictures, its visual prompts (n, R, H)."""
+    """Of the language model on texts, each after its keywords and, of pictures, its visual prompts (n, R, E)."""
     counts = [len(text.keywords) for text in texts]
     before = keyword_embeds(model, tokenizer, [word for text in texts for word in text.keywords]).split(counts)
     if visual_prompts is not None:
         before = [torch.cat(both) for both in zip(before, visual_prompts, strict=True)]
-    ids = [[*row, tokenizer.eos_token_id] for row in tokenizer([text.text for text in texts])["input_ids"]]
+    ids = written_ids(model, tokenizer, texts)
     embed = model.language_model.get_input_embeddings()
-    rows = [torch.cat([words, embed(torch.tensor(row))]) for words, row in zip(before, ids, strict=True)]
+    if has_encoder(model):
+        prompt = embed(torch.tensor(tokenizer(PROMPT)["input_ids"]))
+        rows, labels = [torch.cat([words, prompt]) for words in before], ids
+    else:
+        rows = [torch.cat([words, embed(torch.tensor(row))]) for words, row in zip(before, ids, strict=True)]
+        labels = [[-100] * len(words) + row for words, row in zip(before, ids, strict=True)]
     return model.language_model(
         inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
         attention_mask=pad([[1] * len(row) for row in rows], 0),
-        labels=pad([[-100] * len(words) + row for words, row in zip(before, ids, strict=True)], -100),
+        labels=pad(labels, -100),
     ).loss
 
 
@@ -319,19 +360,33 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     Raises:
         MivpgError: The folder holds something else.
     """
-    recipe = recipe or Recipe()
+    return train(out, recipe or Recipe(), start_with_llama, "base")
+
+
+def train(
+    out: Path,
+    recipe: Recipe,
+    start: Callable[[Sequence[TextLesson]], tuple[Blip2ForConditionalGeneration, Blip2Processor]],
+    stream: str,
+) -> Path:
+    """Trains what a recipe's stages train and writes it as `make_base` does; `recipe.json` comes last.
+
+    Args:
+        out: A new or empty folder, or one that an interrupted run has begun.
+        recipe: A stage without steps leaves what it would train as it was.
+        start: Makes the model, and its processor, from the texts that it will read.
+        stream: Of the pictures; another one, other pictures.
+    """
     out.mkdir(parents=True, exist_ok=True)
     state_file = out / UNFINISHED
     state_file.with_suffix(".partial").unlink(missing_ok=True)
     if any(out.iterdir()) and not state_file.exists():
         raise MivpgError(f"{out} is not empty, expected a new folder for the base model.")
-    start = time.monotonic()
+    began = time.monotonic()
     texts = [make_text(recipe.seed, index) for index in range(recipe.num_texts)]
     torch.manual_seed(recipe.seed)
-    tokenizer = make_tokenizer([" ".join(["", *text.keywords, text.text]) for text in texts])
-    processor = make_processor(tokenizer)
-    model = Blip2ForConditionalGeneration(base_config(tokenizer))
-    model.query_tokens.data.normal_(std=0.02)
+    model, processor = start(texts)
+    tokenizer = processor.tokenizer
     heads = nn.ModuleDict(
         {
             "vision": nn.Linear(model.config.vision_config.hidden_size, len(CLASSES)),
@@ -343,7 +398,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     first = 0
     if state_file.exists():
         first, log = _resume(state_file, recipe, model, heads, optimizers)
-    pictures = make_pictures(f"base {recipe.seed}", recipe.num_pictures)
+    pictures = make_pictures(f"{stream} {recipe.seed}", recipe.num_pictures)
 
     progress = tqdm(range(first, recipe.steps), total=recipe.steps, initial=first, desc="training", disable=None)
     recent: dict[str, list[float]] = {}
@@ -378,7 +433,7 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
             recent.setdefault(name, []).append(loss.item())
         if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
             means = {f"{name}_loss": round(float(np.mean(values)), 4) for name, values in recent.items()}
-            log.append({"step": step + 1, "stage": stage, "seconds": round(time.monotonic() - start, 1)} | means)
+            log.append({"step": step + 1, "stage": stage, "seconds": round(time.monotonic() - began, 1)} | means)
             progress.set_postfix(means)
             recent = {}
         if (step + 1) % recipe.save_every == 0:
@@ -392,14 +447,18 @@ def make_base(out: Path, recipe: Recipe | None = None) -> Path:
     model.save_pretrained(out)
     processor.save_pretrained(out)
     (out / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    (out / RECIPE_FILE).write_text(json.dumps(_describe(out, recipe, figures), indent=2) + "\n")
+    write_whole(out / RECIPE_FILE, json.dumps(_describe(out, recipe, figures), indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     return out
 
 
 def make_optimizers(model: nn.Module, heads: nn.Module) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Muon for the matrices of all blocks, AdamW for embeddings, biases, norms and the heads."""
-    matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2 and ".layer" in name}
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and ".layer" in name and "relative_attention_bias" not in name  # T5's are embeddings
+    }
     others = [p for name, p in model.named_parameters() if name not in matrices]
     muon = torch.optim.Muon(
         [*matrices.values()], lr=MUON_RATES["text"], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
@@ -412,10 +471,10 @@ def describe(
     model: Blip2ForConditionalGeneration, processor: Blip2Processor, pictures: Sequence[PictureLesson]
 ) -> Iterator[str]:
     """What the model says of each picture, greedily."""
-    marks = [model.config.image_token_index] * NUM_QUERIES
+    read = read_ids(model, processor.tokenizer)
     for start in range(0, len(pictures), 64):
         batch = pictures[start : start + 64]
-        ids = torch.tensor([marks] * len(batch))
+        ids = torch.tensor([read] * len(batch))
         output = model.generate(
             pixel_values=pixel_values(processor, batch),
             input_ids=ids,
@@ -423,7 +482,8 @@ def describe(
             max_new_tokens=48,
             do_sample=False,
         )
-        yield from processor.batch_decode(output[:, NUM_QUERIES:], skip_special_tokens=True)
+        written = output if has_encoder(model) else output[:, len(read) :]
+        yield from processor.batch_decode(written, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -432,13 +492,16 @@ def description_loss(
 ) -> float:
     """Of the pictures' descriptions, as transformers computes it from pixels."""
     tokenizer = processor.tokenizer
-    marks = [model.config.image_token_index] * NUM_QUERIES
-    captions = [[*row, tokenizer.eos_token_id] for row in tokenizer([p.text for p in pictures])["input_ids"]]
+    read, labels = read_ids(model, tokenizer), written_ids(model, tokenizer, pictures)
+    rows = [read] * len(pictures)
+    if not has_encoder(model):
+        rows = [read + row for row in labels]
+        labels = [[-100] * len(read) + row for row in labels]
     return model(
         pixel_values=pixel_values(processor, pictures),
-        input_ids=pad([marks + row for row in captions], tokenizer.pad_token_id),
-        attention_mask=pad([[1] * (NUM_QUERIES + len(row)) for row in captions], 0),
-        labels=pad([[-100] * NUM_QUERIES + row for row in captions], -100),
+        input_ids=pad(rows, tokenizer.pad_token_id),
+        attention_mask=pad([[1] * len(row) for row in rows], 0),
+        labels=pad(labels, -100),
     ).loss.item()
 
 
