@@ -3,8 +3,8 @@
     picture, shares = draw([Block(center=(0, 0, 0.5), half=(0.5, 0.5, 0.5), color=(200, 40, 40))], Camera(azimuth=30))
 
 Two kinds of shape are enough for furniture and small goods. Each shape, and each painted face of one, belongs to a
-named part, and beside the picture `draw` says how much of it each part covers: what can be seen is
-measured, not assumed. Lengths are in one unit; z points up, the floor is z = 0, and a product looks along -y.
+named part, and beside the picture `draw` says how much of it each part covers, and `draw_with_parts` where: what can be
+seen is measured, not assumed. Lengths are in one unit; z points up, the floor is z = 0, and a product looks along -y.
 """
 
 import dataclasses
@@ -256,13 +256,25 @@ def _texture(shape: Shape, places: np.ndarray) -> np.ndarray:
 def draw(
     shapes: Sequence[Shape], camera: Camera, *, size: int = 192, background: float = 255.0
 ) -> tuple[Image.Image, dict[str, float]]:
-    """A picture of `size` x `size` pixels, and the share of it that each part covers.
+    """A picture, as `draw_with_parts` draws it, and the share of it that each part covers."""
+    picture, parts = draw_with_parts(shapes, camera, size=size, background=background)
+    return picture, {part: float(where.mean()) for part, where in parts.items()}
+
+
+def draw_with_parts(
+    shapes: Sequence[Shape], camera: Camera, *, size: int = 192, background: float = 255.0
+) -> tuple[Image.Image, dict[str, np.ndarray]]:
+    """A picture, and where in it each part is seen.
 
     Args:
         shapes: The scene.
         camera: From where.
         size: In pixels.
         background: How light the wall behind is, 0 to 255.
+
+    Returns:
+        `size` x `size` pixels, and by part whether each ray, `OVERSAMPLING` along each side of a pixel, meets it:
+        (2 size, 2 size).
     """
     corners = np.concatenate([shape.corners() for shape in shapes])
     low, high = corners.min(axis=0).astype(np.float32), corners.max(axis=0).astype(np.float32)
@@ -305,8 +317,7 @@ def draw(
     each = range(OVERSAMPLING)
     pixels = sum(canvas[:, i::OVERSAMPLING, j::OVERSAMPLING] for i in each for j in each) / OVERSAMPLING**2
     picture = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8).transpose(1, 2, 0))
-    counts = np.bincount(parts.ravel(), minlength=len(numbers) + 1) / parts.size
-    return picture, {part: float(counts[place]) for part, place in numbers.items()}
+    return picture, {part: parts == place for part, place in numbers.items()}
 
 
 def _rays(axes: np.ndarray, side: int) -> np.ndarray:

@@ -5,11 +5,12 @@ trait counts as seen where its part covers enough of the picture.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 from PIL import Image
 
-from mivpg.miniature.drawing import Camera, draw
+from mivpg.miniature.drawing import Camera, draw_with_parts
 from mivpg.miniature.families import FAMILIES, HIDDEN_COLORS, Product
 
 HIDDEN_TRAITS = ("back", "beneath", "inside", "ends")
@@ -34,6 +35,8 @@ class Photo:
     image: Image.Image
     seen: frozenset[str]
     """Traits that can be seen in it."""
+    parts: dict[str, np.ndarray] = field(compare=False)
+    """Where in it each part is seen: what `draw_with_parts` returns."""
 
 
 def draw_product(generator: random.Random, family: str | None = None) -> Product:
@@ -50,16 +53,16 @@ def draw_product(generator: random.Random, family: str | None = None) -> Product
 def photograph(product: Product, view: str, generator: random.Random, *, size: int = 192) -> Photo:
     """A photo from about where `view` says."""
     camera, background = _camera(product, view, generator), generator.uniform(240, 255)
-    image, shares = draw(product.shapes(is_open=view == "inside"), camera, size=size, background=background)
+    image, parts = draw_with_parts(product.shapes(is_open=view == "inside"), camera, size=size, background=background)
     seen = {trait for trait in BODY_TRAITS if trait == "family" or trait in product.traits}
-    if "color" in shares:  # of a bed that of the blanket alone, which is in front
+    if "color" in parts:  # of a bed that of the blanket alone, which is in front
         seen.discard("color")
     seen |= {
         part
-        for part, share in shares.items()
-        if part in product.traits and share >= LEAST_SHARE.get(part, LEAST_SHARE_OF_OTHERS)
+        for part, where in parts.items()
+        if part in product.traits and where.mean() >= LEAST_SHARE.get(part, LEAST_SHARE_OF_OTHERS)
     }
-    return Photo(view=view, image=image, seen=frozenset(seen))
+    return Photo(view=view, image=image, seen=frozenset(seen), parts=parts)
 
 
 def _camera(product: Product, view: str, generator: random.Random) -> Camera:
