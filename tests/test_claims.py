@@ -160,8 +160,11 @@ def test_attention_to_foreign_photos_is_counted_in_even_shares() -> None:
         caption_of(CHAIR, "back"),
         caption_of(replace(CHAIR, traits=CHAIR.traits | {"back": "checked"}), "back"),
     )
+    (uneven,) = claims.foreign_values([np.array([0.1, 0.2, 0.4, 0.1, 0.2])], [""], [""], [CHAIR])["foreign"]["share"]
+    assert uneven == pytest.approx((0.3 / 0.6 + 0.3 / 0.8 + 0.3 / 0.9) / 3)
     values = claims.foreign_values(weights, [wrong, right], [right, right], [CHAIR, CHAIR])["foreign"]
     assert values["foreign"] == pytest.approx([1, 0.6])
+    assert values["share"] == pytest.approx([0.5, 0.2 / 0.6])
     assert values["own"] == pytest.approx([1, 1.2])
     assert (values["before"], values["after"], values["after - before"]) == ([1, 1], [0, 1], [-1, 0])
 
@@ -265,9 +268,9 @@ def test_attention_of_trained_models(catalogue, tmp_path) -> None:
     alike, concatenation = attention["alike"], attention["concatenation"]
     assert (alike["seeds"], concatenation["seeds"]) == ([0, 1], [0])
     assert alike["foreign"]["foreign"]["num_bags"] == 2 * concatenation["foreign"]["foreign"]["num_bags"] == 8
-    for quantity in ("foreign", "own"):
-        assert alike["foreign"][quantity]["mean"] == pytest.approx(1, abs=1e-5)
-        assert concatenation["foreign"][quantity]["mean"] != pytest.approx(1, abs=1e-3)
+    for quantity, expected in {"foreign": 1, "own": 1, "share": 0.5}.items():
+        assert alike["foreign"][quantity]["mean"] == pytest.approx(expected, abs=1e-5)
+        assert concatenation["foreign"][quantity]["mean"] != pytest.approx(expected, abs=1e-3)
     assert alike["not_named"]["attention - even"]["mean"] == pytest.approx(0, abs=1e-6)
     assert alike["pixels"]["part - area"]["mean"] == pytest.approx(0, abs=1e-6)  # AB-MIL starts as the mean
     assert "pixels" not in concatenation

@@ -19,6 +19,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -537,14 +538,17 @@ def foreign_values(
         products: What is true of each bag.
 
     Returns:
-        `foreign`: of each bag, attention to a foreign photo (`foreign`) and to an own one (`own`), the mean over
-        photos, where 1 is a photo's share of even attention: photos that are not told apart have 1 on average. Whether
-        the caption says nothing wrong (0 or 1) `before` and `after`, and the difference, `after - before`.
+        `foreign`, of each bag: the attention to the foreign photos beside as many own ones, `share`, the mean over all
+        choices of these: 0.5 on average where photos are not told apart, since either product might have been the
+        foreign one. Attention to a photo in shares of even attention, `foreign` and `own`: where products are looked
+        at unequally, their mean need not be 1. Whether the caption says nothing wrong (0 or 1), `before` and `after`,
+        and the difference `after - before`.
     """
     before = [float(says_nothing_wrong(*pair)) for pair in zip(captions_before, products, strict=True)]
     after = [float(says_nothing_wrong(*pair)) for pair in zip(captions, products, strict=True)]
     return {
         "foreign": {
+            "share": [_foreign_share(row) for row in weights],
             "foreign": [float(row[-NUM_FOREIGN:].mean() * len(row)) for row in weights],
             "own": [float(row[:-NUM_FOREIGN].mean() * len(row)) for row in weights],
             "before": before,
@@ -552,6 +556,11 @@ def foreign_values(
             "after - before": [later - earlier for earlier, later in zip(before, after, strict=True)],
         }
     }
+
+
+def _foreign_share(weights: np.ndarray) -> float:
+    own, foreign = weights[:-NUM_FOREIGN], weights[-NUM_FOREIGN:].sum()
+    return float(np.mean([foreign / (foreign + sum(chosen)) for chosen in combinations(own, NUM_FOREIGN)]))
 
 
 # Photos that show what the caption names.
@@ -756,9 +765,8 @@ def _attention_tables(attention: Mapping[str, Any]) -> list[Table]:
     for arm, measures in attention.items():
         if "foreign" in measures:
             of = measures["foreign"]
-            ratio = of["foreign"]["mean"] / of["own"]["mean"]
-            right = [_percent(of[name]) for name in ("before", "after", "after - before")]
-            foreign.append([arm, _interval(of["foreign"]), f"{of['own']['mean']:.3f}", f"{ratio:.3f}", *right])
+            shares = [_percent(of[name]) for name in ("share", "before", "after", "after - before")]
+            foreign.append([arm, shares[0], *(f"{of[name]['mean']:.2f}" for name in ("foreign", "own")), *shares[1:]])
         for measure, words in zip(NAMED, ("names it right", "does not"), strict=True):
             if measure in measures:
                 of = measures[measure]
@@ -768,15 +776,16 @@ def _attention_tables(attention: Mapping[str, Any]) -> list[Table]:
             if "pixels" in measures and what in measures["pixels"]:
                 of = measures["pixels"]
                 shares = [_percent(of[f"{what}{name}"]) for name in ("", " area", " - area")]
-                pixels.append([arm, what, *shares, str(of[what]["num_bags"])])
+                ratio = of[what]["mean"] / of[f"{what} area"]["mean"]
+                pixels.append([arm, what, *shares, f"{ratio:.2f}", str(of[what]["num_bags"])])
     note = "Generated products; means over seeds and test bags, with 95 % intervals of the bootstrap over both."
     return [
         Table(
             title="Photos of another product in a bag",
-            note=f"{note} To each bag {NUM_FOREIGN} photos of a product of another family are added. Cross-attention "
-            "to a photo is counted in shares of even attention: 1 on average where photos are not told apart. Right "
-            "is a caption that says nothing wrong, in %.",
-            columns=["", "foreign photo", "own photo", "foreign / own", "right before", "right after", "difference"],
+            note=f"{note} To each bag {NUM_FOREIGN} photos of a product of another family are added. Their share of "
+            "the cross-attention to them and as many own photos is 50 % where they are not told apart. A photo's is also "
+            "given in shares of even attention. Right is a caption that says nothing wrong, in %.",
+            columns=["", "share, %", "a foreign photo", "an own photo", "right before", "right after", "difference"],
             rows=foreign,
         ),
         Table(
@@ -789,15 +798,12 @@ def _attention_tables(attention: Mapping[str, Any]) -> list[Table]:
         Table(
             title="AB-MIL's weight on the patches that show a part, %",
             note=f"{note} Of photos that were drawn again: which pixels show a part is known. A patch counts by the "
-            "share of it that the part covers; the CLS token is left out. The product is all that is no background.",
-            columns=["", "of the", "weight", "area", "difference", "bags"],
+            "share of it that the part covers; the CLS token is left out. The product is all that is no background: a "
+            "part is told from the rest of its product where its weight over its area is larger than the product's.",
+            columns=["", "of the", "weight", "area", "difference", "weight / area", "bags"],
             rows=pixels,
         ),
     ]
-
-
-def _interval(quantity: Mapping[str, float]) -> str:
-    return f"{quantity['mean']:.3f} ({quantity['low']:.3f} to {quantity['high']:.3f})"
 
 
 def _percent(quantity: Mapping[str, float]) -> str:
