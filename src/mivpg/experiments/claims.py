@@ -783,8 +783,8 @@ def _attention_tables(attention: Mapping[str, Any]) -> list[Table]:
         Table(
             title="Photos of another product in a bag",
             note=f"{note} To each bag {NUM_FOREIGN} photos of a product of another family are added. Their share of "
-            "the cross-attention to them and as many own photos is 50 % where they are not told apart. A photo's is also "
-            "given in shares of even attention. Right is a caption that says nothing wrong, in %.",
+            "the cross-attention to them and as many own photos is 50 % where they are not told apart. A photo's is "
+            "also given in shares of even attention. Right is a caption that says nothing wrong, in %.",
             columns=["", "share, %", "a foreign photo", "an own photo", "right before", "right after", "difference"],
             rows=foreign,
         ),
