@@ -1,4 +1,4 @@
-"""Images of another size than the vision model's own: BLIP-2 is fine-tuned at 364 pixels, with positions interpolated."""
+"""Images of another size than the vision model's own: BLIP-2 is fine-tuned at 364 pixels, with positions stretched."""
 
 import pytest
 import torch

@@ -102,6 +102,18 @@ class TestCommitted:
         ).logits
         assert torch.equal(ours, theirs)
 
+    @torch.no_grad()
+    def test_its_visual_prompts_differ(self):
+        """Queries that end as one vector leave one visual prompt, and nothing for CSA to choose from."""
+        model = MivpgForConditionalGeneration.from_pretrained(
+            BASE_MODEL, instance_correlation="none", patch_pooling="none"
+        ).eval()
+        processor = AutoProcessor.from_pretrained(BASE_MODEL, backend="pil")
+        pictures = [make_picture("never seen", index) for index in range(20)]
+        image_embeds = model.get_image_embeds(base.pixel_values(processor, pictures)[:, None])
+        prompts = model.get_visual_prompts(image_embeds).embeds  # (B, R, H)
+        assert (prompts - prompts.mean(dim=1, keepdim=True)).std() > 0.2 * prompts.std()
+
     def test_describes_pictures_it_has_not_seen(self, record_property):
         """Its own figures hold on other pictures: it was trained on none of these."""
         model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)

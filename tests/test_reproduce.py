@@ -70,7 +70,9 @@ def few_arms(scale):
         "table4": {("slides", "csa"), ("slides", "csa_other")},
         "figure4": {("scenes", f"{name}_16") for name in ("none", "ppeg")},
         "figure5": {("slides", "epoch_0"), ("slides", "epoch_2")},
+        "figure6": {("products", "csa")},
         "figure8": {("scenes", "ppeg_16"), ("scenes", "unfrozen_larger_16")},
+        "claims": {("products", "csa")},
         "aggregators": {("products", "qformer_per_image"), ("products", "csa")},
     }
     return {
@@ -126,6 +128,22 @@ def test_an_arm_that_fails_leaves_the_others(whole):
     assert row["failed"]["1"].startswith(f"{out / 'logs' / 'slides' / 'seed-1' / 'induced.txt'}: output_dir:")
     assert "Failed: MIVPG, induced" in (out / "table3.md").read_text()
     assert "Failed: table3" in (out / "report.html").read_text()
+
+
+def test_what_trained_models_are_looked_into(whole):
+    out, results = whole
+    finding = results["figure6"]["finding"]
+    assert len(finding["pictures"]) == len(finding["values"]["bags"]) == 3
+    page = (out / "report.html").read_text()
+    for title, file in finding["pictures"].items():
+        assert (out / file).read_bytes().startswith(b"\x89PNG")
+        assert f"![{title}]({file})" in (out / "figure6.md").read_text()
+    captions = read_captions(out / "captions" / "products" / "seed-0" / "csa.jsonl")
+    for bag in finding["values"]["bags"]:
+        assert bag["id"] in captions
+    titles = [table["title"] for table in results["claims"]["finding"]["tables"]]
+    assert "What holds by construction" in titles and all(title in page for title in titles)
+    assert all(fact["holds"] for fact in results["claims"]["finding"]["values"]["facts"])
 
 
 def test_the_command_says_that_something_failed(whole):

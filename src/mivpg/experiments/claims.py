@@ -167,6 +167,12 @@ def _order(load: Load) -> list[Fact]:
         moved = _moved(_prompts(model, bags), _prompts(model, bags[:, images]))
         facts.append(_moves(f"Shuffling the images moves the prompts under {name}, which places them.", moved))
 
+    prompts = _prompts(q_former, bags)
+    apart = float((prompts - prompts.mean(dim=1, keepdim=True)).std() / prompts.std())
+    facts.append(
+        _moves("The base's prompts differ from each other: equal ones leave CSA nothing to choose from.", apart)
+    )
+
     model = load(patch_pooling="abmil", instance_correlation="csa")
     assert model.query_tokens is not None and model.qformer is not None
     queries = torch.randperm(model.config.num_query_tokens, generator=torch.Generator().manual_seed(2))

@@ -34,6 +34,9 @@ from mivpg.miniature.patch_gastric import make_patch_gastric
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 
+PROMPT = "a photo of"
+"""Before every caption, as in BLIP-2."""
+
 BackboneName = Literal["densenet121", "efficientnet_b3"]
 DataName = Literal["products", "slides", "scenes"]
 View = Literal["all", "main", "pixels"]

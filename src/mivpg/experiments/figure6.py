@@ -1,10 +1,5 @@
-"""Figure 6: what the visual prompts looked at, patch by patch and image by image, in bags that the seed alone chooses.
+"""Figure 6: what the visual prompts looked at, patch by patch and image by image, in bags that a seed chooses."""
 
-out/figure6-1.png, figure6-2.png, …
-out/figure6.json                        what they show, in numbers
-"""
-
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,45 +11,9 @@ from torch import Tensor
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
 from mivpg.captioning import GenerationOptions, caption_bags
 from mivpg.errors import MivpgError
-from mivpg.files import read_json, write_whole
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 from mivpg.visualization import as_seen, attention_maps, draw_attention
-
-
-def write_figure6(
-    out: Path,
-    folder: Path,
-    samples: Sequence[Sample],
-    *,
-    num_bags: int,
-    seed: int,
-    prompt: str,
-    generation: GenerationOptions,
-) -> list[dict[str, Any]]:
-    """Writes what `look_at_bags` finds, with its arguments; what is there already is not done again.
-
-    Returns:
-        What the JSON file holds of each bag: `picture`, the name of its file, and the numbers of `look_at_bags`.
-    """
-    asked = {
-        "model": str(folder),
-        "prompt": prompt,
-        "generation": generation.as_kwargs(),
-        "ids": [sample.id for sample in _choose(samples, num_bags, seed)],
-    }
-    file = out / "figure6.json"
-    if file.exists():  # it is written last
-        found = read_json(file)
-        if found["asked"] == asked and all((out / bag["picture"]).exists() for bag in found["bags"]):
-            return found["bags"]
-    bags = []
-    looks = look_at_bags(folder, samples, num_bags=num_bags, seed=seed, prompt=prompt, generation=generation)
-    for number, (png, bag) in enumerate(looks, start=1):
-        bags.append({"picture": f"figure6-{number}.png"} | bag)
-        write_whole(out / bags[-1]["picture"], png)
-    write_whole(file, json.dumps({"asked": asked, "bags": bags}) + "\n")
-    return bags
 
 
 def look_at_bags(
@@ -84,7 +43,7 @@ def look_at_bags(
         `image_weights` (N), and of `AttentionMaps` the `patches` (N, P), `combined` (N, P) and, of the last block, the
         `heads` (A, R, N), summed over an image's patches where these are instances.
     """
-    chosen = _choose(samples, num_bags, seed)
+    chosen = random.Random(f"figure6 {seed}").sample(samples, min(num_bags, len(samples)))
     for sample in chosen:
         if not sample.images:
             raise MivpgError(f"bag {sample.id!r} has no images to draw; load the data set without `features`.")
@@ -95,11 +54,6 @@ def look_at_bags(
     return [
         _look(model, processor, sample, dataset[index], generation=generation) for index, sample in enumerate(chosen)
     ]
-
-
-def _choose(samples: Sequence[Sample], num_bags: int, seed: int) -> list[Sample]:
-    """By the seed alone."""
-    return random.Random(f"figure6 {seed}").sample(samples, min(num_bags, len(samples)))
 
 
 def _look(

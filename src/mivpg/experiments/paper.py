@@ -5,12 +5,16 @@ generation; they differ in what stands here. An arm that stands in two tables is
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mivpg.bags import select
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE
-from mivpg.experiments.data import BackboneName, BaseName, DataName, ExperimentData, Scale, View
+from mivpg.experiments.claims import draw_costs, measure_attention, measure_costs, measure_facts
+from mivpg.experiments.claims import tables as claim_tables
+from mivpg.experiments.data import PROMPT, BackboneName, BaseName, DataName, ExperimentData, Scale, View
+from mivpg.experiments.figure6 import look_at_bags
 from mivpg.report import Table
 
 
@@ -254,6 +258,61 @@ def figure5(scale: Scale) -> Experiment:
     )
 
 
+def _look_at_products(data: ExperimentData, models: Models) -> Finding:
+    """What the MIVPG of the first seed that there is looked at, in bags that the seed alone chooses."""
+    (by_seed,) = models.values()
+    seed, folder = next(iter(by_seed.items()))
+    samples = select(data.dataset("products", "pixels", seed).load(), "test")
+    bags = look_at_bags(
+        folder, samples, num_bags=3, seed=seed, prompt=PROMPT, generation=data.scale.settings["products"].generation
+    )
+    return Finding(
+        values={"bags": [bag for _, bag in bags]},
+        pictures={f"{bag['id']}: {bag['caption']}": png for png, bag in bags},
+    )
+
+
+FIGURE6 = Experiment(
+    name="figure6",
+    title="Figure 6: attention over patches and over images",
+    arms=(PRODUCT_CSA,),
+    measure=_look_at_products,
+)
+
+
+def _measure_claims(data: ExperimentData, models: Models) -> Finding:
+    """What holds by construction, costs and, of generated products, what trained models look at."""
+    facts, costs = measure_facts(data.scale.base), measure_costs()
+    attention: dict[str, Any] = {}
+    store = data.stores["products", "all", "main"]
+    if data.scale.name == "miniature" and store is not None:  # of real photos nobody knows what they show
+        attention = measure_attention(
+            {arm: by_seed for (_, arm), by_seed in models.items()},
+            data.root("products"),
+            store,
+            prompt=PROMPT,
+            generation=data.scale.settings["products"].generation,
+        )
+    return Finding(
+        values={"facts": [asdict(fact) for fact in facts], "costs": costs, "attention": attention},
+        tables=claim_tables(facts, costs, attention),
+        pictures={"The cost of a bag over its images": draw_costs(costs)},
+    )
+
+
+CLAIMS = Experiment(
+    name="claims",
+    title="What the paper proves, counts and explains by",
+    arms=(
+        PRODUCT_WITHOUT_CSA,
+        _product("self_attention", "MIVPG, full self-attention", "self_attention"),
+        PRODUCT_CONTROL,
+        PRODUCT_CSA,
+    ),
+    measure=_measure_claims,
+)
+
+
 def figure8(scale: Scale) -> Experiment:
     """Figure 8: the vision model frozen at its own size and unfrozen at a larger one, and each at the other's.
 
@@ -406,7 +465,7 @@ def experiments(scale: Scale) -> dict[str, Experiment]:
     """All, by name."""
     those = (
         *(TABLE1, TABLE2, TABLE3, table4(scale)),
-        *(figure4(scale), figure5(scale), figure8(scale)),
+        *(figure4(scale), figure5(scale), FIGURE6, figure8(scale), CLAIMS),
         *(aggregators(scale), readings(scale)),
     )
     return {experiment.name: experiment for experiment in those}

@@ -39,7 +39,7 @@ from mivpg.evaluation import (
     share_naming_the_label,
     unseen_bags,
 )
-from mivpg.experiments.data import SCALES, BaseName, DataName, ExperimentData, View
+from mivpg.experiments.data import PROMPT, SCALES, BaseName, DataName, ExperimentData, View
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import read_json, refuse_used, write_whole
@@ -47,7 +47,6 @@ from mivpg.report import BarChart, Part, Picture, Table, Text, write_report
 from mivpg.training import BEST, ModelConfig, TrainConfig
 
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
-PROMPT = "a photo of"
 
 MARGIN = 0.05
 """A difference in CIDEr is absent where its interval lies within this share of the worse arm's CIDEr around zero."""
@@ -414,6 +413,8 @@ def _finding(data: ExperimentData, experiment: Experiment, runs: Mapping[Key, Ru
     if cache.exists() and (known := read_json(cache))["models"] == digest.hexdigest():
         return known
     try:
+        if not models:
+            raise MivpgError("none of its models could be trained.")
         finding = experiment.measure(data, models)
     except MivpgError as error:
         return {"values": {}, "tables": [], "pictures": {}, "failed": str(error)}

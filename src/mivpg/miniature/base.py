@@ -7,9 +7,11 @@
 2. A small ViT learns what a picture shows, from the mean of its tokens. It stands for what CLIP's ViT has learned
    before BLIP-2 sees it.
 3. That ViT frozen, as in BLIP-2, a Q-Former and the language model learn to describe single pictures, while the
-   language model goes on reading text. The Q-Former also tells what a picture shows from the mean of its queries, as
-   BLIP-2's first stage has it tell which text belongs to a picture. Half of the products stand beside keywords of what
-   their picture does not show, and the text speaks of both, so that what is read from a picture leaves room for more.
+   language model goes on reading text. The Q-Former also tells what a picture shows, as BLIP-2's first stage has it
+   tell which text belongs to a picture; each class by one of its queries, since queries that tell from their mean end
+   as one and the same vector: one visual prompt, and nothing to choose from for CSA. Half of the products stand
+   beside keywords of what their picture does not show, and the text speaks of both, so that what is read from a
+   picture leaves room for more.
 
 What tells the classes, in 2 and 3, is thrown away in the end.
 
@@ -319,7 +321,7 @@ def text_loss(
 
 def picture_losses(
     model: Blip2ForConditionalGeneration,
-    head: nn.Module,
+    head: nn.Linear,
     tokenizer: Any,
     image_embeds: Tensor,
     pictures: Sequence[PictureLesson],
@@ -328,13 +330,15 @@ def picture_losses(
     queries = model.query_tokens.expand(len(pictures), -1, -1)
     queries = model.qformer(query_embeds=queries, encoder_hidden_states=image_embeds).last_hidden_state  # (n, R, H)
     loss = text_loss(model, tokenizer, pictures, model.language_projection(queries))
-    return {"picture": loss, "class": class_loss(head, queries, pictures)}
+    tells = torch.arange(len(CLASSES)) % NUM_QUERIES  # which query tells a class
+    logits = (queries[:, tells] * head.weight).sum(dim=-1) + head.bias  # (n, C)
+    return {"picture": loss, "class": class_loss(logits, pictures)}
 
 
-def class_loss(head: nn.Module, tokens: Tensor, pictures: Sequence[PictureLesson]) -> Tensor:
-    """Of the classes told from the mean of tokens (n, ·, D)."""
+def class_loss(logits: Tensor, pictures: Sequence[PictureLesson]) -> Tensor:
+    """Of the classes of pictures, told by logits (n, C)."""
     target = torch.stack([classes_of(picture) for picture in pictures])
-    return 0.07 * F.binary_cross_entropy_with_logits(head(tokens.mean(dim=1)), target, reduction="sum") / len(pictures)
+    return 0.07 * F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(pictures)
 
 
 @torch.no_grad()
@@ -414,7 +418,7 @@ def train(
         if stage == "vision":
             pixels = mirror_half(pixel_values(processor, batch), batch, generator)
             tokens = model.vision_model(pixels).last_hidden_state
-            losses["class"] = class_loss(heads["vision"], tokens, batch)
+            losses["class"] = class_loss(heads["vision"](tokens.mean(dim=1)), batch)
         elif stage == "language":
             assert image_embeds is not None
             losses |= picture_losses(model, heads["language"], tokenizer, image_embeds[chosen].float(), batch)
