@@ -20,7 +20,7 @@ _MODULES = {
     "classification": ("ClassifierConfig", "cross_validate"),
     "captioning": ("caption_bags", "caption_file"),
     "evaluation": ("evaluate_captions", "score_captions"),
-    "visualization": ("image_weights",),
+    "visualization": ("attention_maps", "draw_attention", "image_weights"),
     "errors": ("BagError", "MivpgError"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
