@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import random
 import shutil
@@ -142,7 +143,7 @@ def test_what_trained_models_are_looked_into(whole):
     for bag in finding["values"]["bags"]:
         assert bag["id"] in captions
     titles = [table["title"] for table in results["claims"]["finding"]["tables"]]
-    assert "What holds by construction" in titles and all(title in page for title in titles)
+    assert "What holds by construction" in titles and all(title in html.unescape(page) for title in titles)
     assert all(fact["holds"] for fact in results["claims"]["finding"]["values"]["facts"])
 
 

@@ -428,7 +428,7 @@ def _finding(data: ExperimentData, experiment: Experiment, runs: Mapping[Key, Ru
         "pictures": pictures,
     }
     write_whole(cache, json.dumps(found) + "\n")
-    return found
+    return read_json(cache)  # as another run will find it
 
 
 def _examples(experiment: Experiment, scores: _Scores, seed: int) -> list[dict[str, Any]]:
