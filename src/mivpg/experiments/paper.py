@@ -192,10 +192,11 @@ TABLE3 = Experiment(
 
 def table4(scale: Scale) -> Experiment:
     """Table 4, the case study: MIVPG under the other kind of language model; on products, too."""
+    suffixes: dict[BaseName, str] = {"main": "", "other": "_other"}
     arms = [
         replace(arm, name=f"{arm.name}{suffix}", title=f"{arm.title}, {scale.language_models[base]}", base=base)
         for without, csa in ((SLIDE_WITHOUT_CSA, SLIDE_CSA), (PRODUCT_WITHOUT_CSA, PRODUCT_CSA))
-        for base, suffix in (("main", ""), ("other", "_other"))
+        for base, suffix in suffixes.items()
         for arm in (without, csa)
     ]
     return Experiment(

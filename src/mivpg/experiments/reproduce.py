@@ -419,8 +419,8 @@ def _finding(data: ExperimentData, experiment: Experiment, runs: Mapping[Key, Ru
     except MivpgError as error:
         return {"values": {}, "tables": [], "pictures": {}, "failed": str(error)}
     pictures = {title: f"{experiment.name}-{number}.png" for number, title in enumerate(finding.pictures, start=1)}
-    for title, file in pictures.items():
-        write_whole(data.out / file, finding.pictures[title])
+    for title, picture in pictures.items():
+        write_whole(data.out / picture, finding.pictures[title])
     found = {
         "models": digest.hexdigest(),
         "values": finding.values,
