@@ -279,5 +279,5 @@ def test_attention_of_trained_models(catalogue, tmp_path) -> None:
     assert [row[0] for row in foreign.rows] == ["alike", "concatenation"]
     assert {row[0] for row in pixels.rows} == {"alike"}
     assert all(len(row) == len(table.columns) for table in (foreign, named, pixels) for row in table.rows)
-    page = claims.as_markdown(facts()[:1], attention=attention)
-    assert page.count("## ") == 4 and facts()[0].says in page
+    tables = claims.tables(facts()[:1], attention=attention)
+    assert len(tables) == 4 and facts()[0].says in tables[0].rows[0]

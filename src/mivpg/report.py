@@ -171,6 +171,12 @@ def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Part]) ->
     write_whole(path, page.encode(errors="replace"))  # half a surrogate pair, which JSON can hold, has no UTF-8
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
 def is_number(cell: str) -> bool:
     """Whether a cell begins like a number (-0.03 [-0.05, 0.01]) or says that there is none (–)."""
     return cell.lstrip("+-−–—±~≈<>≤≥[( ")[:1].isdigit() or not any(map(str.isalnum, cell))

@@ -21,7 +21,6 @@ class NystromLayer(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size)
         self.attention = NystromSelfAttention(config)
-        self.attention.output.starts_at_zero = False  # as everything here it starts the way PyTorch has it
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -75,13 +74,12 @@ class TransMil(BagVectorAggregator):
             num_attention_heads=num_heads,
             num_landmarks=num_landmarks,
             pinv_iterations=pinv_iterations,
+            zero_init_residual=False,  # as everything here it starts the way PyTorch has it
         )
         self.embed = nn.Sequential(nn.Linear(image_embeds_size, size), nn.ReLU())
         self.class_token = nn.Parameter(torch.empty(1, 1, size))
         self.layers = nn.ModuleList(NystromLayer(config, dropout) for _ in range(2))
-        self.position_encoding = PyramidPositionEncoding(size)
-        for convolution in self.position_encoding.convolutions:
-            convolution.starts_at_zero = False
+        self.position_encoding = PyramidPositionEncoding(size, zero_init=False)
         self.norm = nn.LayerNorm(size)
         self.reset_parameters()
 

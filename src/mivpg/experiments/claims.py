@@ -3,7 +3,7 @@
     facts = measure_facts(BASE_MODEL)                   # Propositions 1 and 2, padding, the Q-Former inside MIVPG, …
     costs = measure_costs()                             # multiply-adds over the number of images, at the real size
     attention = measure_attention(folders, root, store, …)   # what trained models look at in generated products
-    as_markdown(facts, costs, attention)
+    tables(facts, costs, attention)
 
 Facts hold by construction, on random weights and random bags. What attention does on trained models is found out: of
 the generated catalogue it is known which photo, and which pixels of it, show what a caption speaks of.
@@ -40,8 +40,8 @@ from mivpg.datasets.abo import AboConfig
 from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval_over_seeds
 from mivpg.folded_attention import FOLD_FROM
-from mivpg.miniature.catalogue import PHOTO_SIZE, CatalogueProduct, read_truth
-from mivpg.miniature.products import Photo, choose_views, draw_product, photograph
+from mivpg.miniature.catalogue import CatalogueProduct, photograph_product, product_generator, read_truth
+from mivpg.miniature.products import Photo
 from mivpg.miniature.traits import EVERY_VALUE, can_be_said, says_nothing_wrong
 from mivpg.miniature.wording import PARTS, said
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration, MivpgVisualPromptModel
@@ -614,12 +614,9 @@ def redraw(product: CatalogueProduct) -> list[Photo]:
         MivpgError: Other photos come out: the catalogue was drawn by another version.
     """
     seed, index = int(product.item_id[1:-6]), int(product.item_id[-6:])
-    generator = random.Random(f"catalogue {seed} {index}")
-    drawn = draw_product(generator)
-    views = choose_views(drawn, generator)
-    photos = [photograph(drawn, view, generator, size=PHOTO_SIZE) for view in views]
+    drawn, photos = photograph_product(product_generator(seed, index))
     seen = tuple(tuple(sorted(photo.seen)) for photo in photos)
-    if (drawn.family, drawn.traits, tuple(views), seen) != (
+    if (drawn.family, drawn.traits, tuple(photo.view for photo in photos), seen) != (
         product.family,
         product.traits,
         product.views,
@@ -698,18 +695,6 @@ def tables(
     if attention:
         parts += _attention_tables(attention)
     return parts
-
-
-def as_markdown(
-    facts: Sequence[Fact] = (), costs: Mapping[str, Any] | None = None, attention: Mapping[str, Any] | None = None
-) -> str:
-    """The same as a Markdown page."""
-    lines = ["# What the paper proves, counts and explains by"]
-    for table in tables(facts, costs, attention):
-        lines += ["", f"## {table.title}", "", table.note, ""]
-        lines += [f"| {' | '.join(table.columns)} |", f"|{'---|' * len(table.columns)}"]
-        lines += [f"| {' | '.join(row)} |" for row in table.rows]
-    return "\n".join([*lines, ""])
 
 
 def _fact_table(facts: Sequence[Fact]) -> Table:

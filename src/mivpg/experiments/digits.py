@@ -27,7 +27,7 @@ from mivpg.classification import ClassifierConfig, make_classifier, predict, sco
 from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
 from mivpg.files import refuse_used, write_whole
-from mivpg.report import Table, Text, write_report
+from mivpg.report import Table, Text, markdown_table, write_report
 from mivpg.training import QFormerSizes
 
 Task = Literal["contains", "repeats"]
@@ -269,8 +269,7 @@ def _write_tables(out: Path, config: DigitsConfig, results: Mapping[str, Any]) -
     parts: list[Any] = []
     for (task, metric), title in TITLES.items():
         rows = _rows(config, results, task, metric)
-        lines += [f"## {title}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"## {title}", "", *markdown_table(columns, rows), ""]
         parts.append(Table(title=title, columns=columns, rows=rows))
     write_whole(out / "digits.md", "\n".join(lines))
     table = io.StringIO()

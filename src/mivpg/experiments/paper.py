@@ -42,6 +42,11 @@ class Arm:
     augmented: bool = False
     """Whether it trains on augmented copies of each slide."""
 
+    @property
+    def place(self) -> tuple[DataName, View, BaseName]:
+        """What `ExperimentData.prepare` makes ready for it."""
+        return self.data, self.view, self.base
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:

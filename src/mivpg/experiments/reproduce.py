@@ -43,7 +43,7 @@ from mivpg.experiments.data import PROMPT, SCALES, BaseName, DataName, Experimen
 from mivpg.experiments.paper import Arm, Claim, Experiment, experiments
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import read_json, refuse_used, write_whole
-from mivpg.report import BarChart, Part, Picture, Table, Text, write_report
+from mivpg.report import BarChart, Part, Picture, Table, Text, markdown_table, write_report
 from mivpg.training import BEST, ModelConfig, TrainConfig
 
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
@@ -117,7 +117,7 @@ def reproduce(
     failed: dict[Key, str] = {}
     for arm in arms.values():
         for seed in seeds:
-            if reason := missing.get((arm.data, arm.view, arm.base)):
+            if reason := missing.get(arm.place):
                 failed[arm.data, arm.name, seed] = reason
                 continue
             try:
@@ -173,7 +173,7 @@ def _prepare(data: ExperimentData, arms: Collection[Arm]) -> dict[tuple[DataName
         MivpgError: None can.
     """
     missing: dict[tuple[DataName, View, BaseName], str] = {}
-    for place in dict.fromkeys((arm.data, arm.view, arm.base) for arm in arms):
+    for place in dict.fromkeys(arm.place for arm in arms):
         if place in data.stores:
             continue
         print(f"Data: {place[0]}, {place[1]} images …", flush=True)
@@ -181,7 +181,7 @@ def _prepare(data: ExperimentData, arms: Collection[Arm]) -> dict[tuple[DataName
             data.prepare(*place)
         except MivpgError as error:
             missing[place] = str(error)
-    able = [f"{arm.data} {arm.name}" for arm in arms if (arm.data, arm.view, arm.base) not in missing]
+    able = [f"{arm.data} {arm.name}" for arm in arms if arm.place not in missing]
     for reason in dict.fromkeys(missing.values()):
         if not able:
             raise MivpgError(reason)
@@ -576,19 +576,19 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     """The table, the differences and what failed."""
     seeds = ", ".join(map(str, results["seeds"]))
     lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.", ""]
-    lines += _markdown_table(["data", "", *METRICS], table_rows(results))
+    lines += markdown_table(["data", "", *METRICS], table_rows(results))
     if rows := label_rows(results):
-        lines += ["", LABEL_NOTE, "", *_markdown_table(LABEL_COLUMNS, rows)]
+        lines += ["", LABEL_NOTE, "", *markdown_table(LABEL_COLUMNS, rows)]
     for example in results["examples"]:
         lines += ["", f"{example['id']}: {' / '.join(example['references'])}", ""]
         lines += [f"- {title}: {caption}" for title, caption in example["captions"].items()]
     if rows := cost_rows(results):
-        lines += ["", *_markdown_table(["data", "", *COSTS.values()], rows)]
+        lines += ["", *markdown_table(["data", "", *COSTS.values()], rows)]
     if results["differences"]:
-        lines += ["", *_markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
+        lines += ["", *markdown_table(DIFFERENCE_COLUMNS, difference_rows(results))]
     finding = results.get("finding", {})
     for table in finding.get("tables", []):
-        lines += ["", f"## {table['title']}", "", table["note"], "", *_markdown_table(table["columns"], table["rows"])]
+        lines += ["", f"## {table['title']}", "", table["note"], "", *markdown_table(table["columns"], table["rows"])]
     for title, file in finding.get("pictures", {}).items():
         lines += ["", f"![{title}]({file})"]
     if "failed" in finding:
@@ -597,11 +597,6 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         for seed, reason in row["failed"].items():
             lines += ["", f"Failed: {row['title']} on {row['data']}, seed {seed}: {reason}"]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _write(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> None:
@@ -658,7 +653,8 @@ def _report_parts(out: Path, experiment: Experiment, results: Mapping[str, Any])
     parts.append(BarChart(title=f"CIDEr: {experiment.name}", bars=bars))
     if experiment.curve is not None:
         alt = "The CIDEr of the table above as curves."
-        parts.append(Picture(title=f"Curves: {experiment.name}", png=draw_curve(experiment, results), alt=alt))
+        png = (out / f"{experiment.name}.png").read_bytes()
+        parts.append(Picture(title=f"Curves: {experiment.name}", png=png, alt=alt))
     if rows := label_rows(results):
         parts.append(Table(title=f"Subtypes: {experiment.name}", note=LABEL_NOTE, columns=LABEL_COLUMNS, rows=rows))
     for example in results["examples"]:

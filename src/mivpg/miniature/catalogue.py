@@ -26,7 +26,7 @@ from mivpg.errors import MivpgError
 from mivpg.files import write_whole
 from mivpg.miniature import folders
 from mivpg.miniature.folders import Record, fill_folder, write_photo
-from mivpg.miniature.products import Product, choose_views, draw_product, photograph
+from mivpg.miniature.products import Photo, Product, choose_views, draw_product, photograph
 from mivpg.miniature.wording import reference
 
 PHOTO_SIZE = 128
@@ -98,14 +98,24 @@ def read_truth(root: Path) -> list[CatalogueProduct]:
     return folders.read_truth(root, _product)
 
 
+def product_generator(seed: int, index: int) -> random.Random:
+    """What all random numbers of a product come from."""
+    return random.Random(f"catalogue {seed} {index}")
+
+
+def photograph_product(generator: random.Random) -> tuple[Product, list[Photo]]:
+    """Draws a product and its photos, the main one first; they come before all else that its generator gives."""
+    product = draw_product(generator)
+    views = choose_views(product, generator)
+    return product, [photograph(product, view, generator, size=PHOTO_SIZE) for view in views]
+
+
 def _make_product(root: Path, seed: int, index: int) -> Record:
     """Draws a product and writes its photos; random numbers depend on (seed, index) alone."""
-    generator = random.Random(f"catalogue {seed} {index}")
-    product = draw_product(generator)
+    generator = product_generator(seed, index)
+    product, photos = photograph_product(generator)
     seen, images = [], []
-    views = choose_views(product, generator)
-    for number, view in enumerate(views):
-        photo = photograph(product, view, generator, size=PHOTO_SIZE)
+    for number, photo in enumerate(photos):
         seen.append(tuple(sorted(photo.seen)))
         images.append(hashlib.sha256(f"{seed} {index} {number}".encode()).hexdigest()[:12])
         write_photo(root / "images" / "small" / _path_of(images[-1]), photo.image)
@@ -116,7 +126,7 @@ def _make_product(root: Path, seed: int, index: int) -> Record:
         family=product.family,
         traits=product.traits,
         seen=tuple(seen),
-        views=tuple(views),
+        views=tuple(photo.view for photo in photos),
         captions=tuple(dict.fromkeys(reference(product, everything, generator) for _ in range(count))),
         images=tuple(images),
     )
