@@ -78,7 +78,6 @@ def test_prompts_are_the_formula(kind: str, record_property) -> None:
         assert not prompts.embeds[i, len(rows) :].any()
         assert prompts.mask[i].tolist() == [1] * len(rows) + [0] * (prompts.mask.shape[1] - len(rows))
     assert prompts.weights is None
-    assert prompts.loss is None
 
 
 def test_two_layers_are_transformers_llava() -> None:

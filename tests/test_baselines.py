@@ -80,10 +80,11 @@ class ScriptedScorer:
     scores: tuple = ()
 
     def __init__(self, references, metrics):
+        (self.metric,) = metrics
         self.left = list(self.scores)
 
     def score(self, predictions):
-        return {"BLEU@4": self.left.pop(0)}
+        return {self.metric: self.left.pop(0)}
 
     def __enter__(self):
         return self
@@ -408,9 +409,12 @@ def test_a_resumed_run_is_an_unbroken_one_bit_for_bit(tmp_path, monkeypatch, at)
     assert contents(whole) == before
 
 
-def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("metric", ["BLEU@4", "CIDEr"])
+def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch, metric):
     scripted(monkeypatch, 0.1, 0.4, 0.3, 0.4, 0.2, 0.9)
-    config = BaselineConfig(features_from="a test", embedding_dim=8, hidden_dim=16, num_epochs=20, patience=3)
+    config = BaselineConfig(
+        features_from="a test", embedding_dim=8, hidden_dim=16, num_epochs=20, patience=3, metric=metric
+    )
     features, samples = make_features(), make_samples()
     best = {}
     write = training.write_whole
@@ -422,7 +426,7 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "write_whole", note)
     out = train_baseline(features, samples, samples, tmp_path, config)
-    assert [entry["BLEU@4"] for entry in json.loads((out / "training.json").read_text())] == [0.1, 0.4, 0.3, 0.4, 0.2]
+    assert [entry[metric] for entry in json.loads((out / "training.json").read_text())] == [0.1, 0.4, 0.3, 0.4, 0.2]
     assert (out / "best.safetensors").read_bytes() == best[1] and len(best) == 2
     last = load_file(out / "checkpoint.safetensors")
     assert not torch.equal(load_file(out / "best.safetensors")["output.bias"], last["model.output.bias"])

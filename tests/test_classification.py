@@ -94,6 +94,20 @@ def test_a_batch_says_what_its_bags_say_alone(aggregator):
         assert one.instance_scores == pytest.approx(other.instance_scores, abs=1e-4)
 
 
+def test_pooled_images_are_the_instances():
+    """Where an image's tokens are pooled, it has one score; padding in a batch has none."""
+    bags = [
+        dataclasses.replace(bag, instances=bag.instances[:, None].repeat(1, 3, 1), instance_labels=None)
+        for bag in bags_of(4)
+    ]
+    model = make_classifier(config_of("mivpg", patch_pooling="mean"), width=WIDTH, num_labels=2).eval()
+    predictions = predict(model, bags, with_instances=True, batch_size=4)
+    assert [len(prediction.instance_scores) for prediction in predictions] == [3, 4, 5, 6]
+    by_token = make_classifier(config_of("mivpg"), width=WIDTH, num_labels=2).eval()
+    predictions = predict(by_token, bags, with_instances=True, batch_size=4)
+    assert [len(prediction.instance_scores) for prediction in predictions] == [9, 12, 15, 18]
+
+
 def test_instances_are_scored_as_bags_of_one():
     bag = bags_of(2)[1]
     model = make_classifier(config_of("mivpg"), width=WIDTH, num_labels=2).eval()
@@ -194,8 +208,10 @@ class TestCrossValidation:
         assert files[0].stat().st_mtime_ns == time and files[1].exists()
         with pytest.raises(MivpgError, match="a run with another aggregator, seed"):
             cross_validate(bag_set, dataclasses.replace(config, aggregator="max", seed=1), tmp_path)
-        with pytest.raises(MivpgError, match="a run with another bags"):
-            cross_validate(BagSet(bags=bags_of(20, seed=9), label_names=["no", "yes"]), config, tmp_path)
+        moved = [dataclasses.replace(bag, coords=torch.ones(len(bag.instances), 2)) for bag in bag_set.bags]
+        for bags in (bags_of(20, seed=9), moved):
+            with pytest.raises(MivpgError, match="a run with another bags"):
+                cross_validate(BagSet(bags=bags, label_names=["no", "yes"]), config, tmp_path)
 
     def test_no_group_is_in_training_and_test(self):
         """Bags alike in a group, labels by lot: divided groups would be recognised."""

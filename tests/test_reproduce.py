@@ -15,16 +15,20 @@ import yaml
 from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
-from mivpg.experiments import data, reproduce
-from mivpg.experiments.data import MINIATURE, PAPER, SCALES, ExperimentData
+from mivpg.experiments import data, reproduce, runner
+from mivpg.experiments.data import MINIATURE, PAPER, PROMPT, SCALES, ExperimentData
+from mivpg.experiments.pages import report_parts, write_results
 from mivpg.experiments.paper import Claim, experiments
-from mivpg.experiments.reproduce import Difference
+from mivpg.experiments.results import METRICS, Difference, has_failed
+from mivpg.experiments.runner import Run
 from mivpg.miniature import base
 from mivpg.miniature.base import Recipe
 from mivpg.miniature.catalogue import make_catalogue
 from mivpg.miniature.coco import make_coco
 from mivpg.miniature.encoder_decoder import make_encoder_decoder_base
 from mivpg.miniature.patch_gastric import make_patch_gastric
+from mivpg.report import write_report
+from mivpg.training import TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -149,7 +153,7 @@ def test_what_trained_models_are_looked_into(whole):
 
 def test_the_command_says_that_something_failed(whole):
     _, results = whole
-    assert [name for name, found in results.items() if reproduce.has_failed(found)] == ["table3"]
+    assert [name for name, found in results.items() if has_failed(found)] == ["table3"]
 
 
 def test_arms_on_other_data_go_on(tmp_path, capsys):
@@ -295,18 +299,86 @@ def test_what_is_not_there(tmp_path):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
 
 
+class TestRuns:
+    """What a run makes sure of before it starts, and what is said of one that failed."""
+
+    def run_of(self, folder: Path, **made_of) -> Run:
+        captions = {folder / "captions" / name: None for name in ("csa.jsonl", "csa_too.jsonl")}
+        (folder / "captions").mkdir(exist_ok=True)
+        return Run(name="csa", log=folder / "log.txt", captions=captions, made_of=made_of)
+
+    def test_captions_of_another_base_are_not_taken_for_its_own(self, tmp_path):
+        run = self.run_of(tmp_path, base="a", training={"seed": 0})
+        run.claim()
+        run.claim()  # after an interruption
+        assert not run.is_done
+        for file in run.captions:
+            file.touch()
+        assert run.is_done
+        other = self.run_of(tmp_path, base="b", training={"seed": 0})
+        assert not other.is_done
+        with pytest.raises(MivpgError, match=r"csa.made_of.json: .* made with another base; delete them"):
+            other.claim()
+
+    def test_captions_without_a_record_are_nobodys(self, tmp_path):
+        run = self.run_of(tmp_path, base="a")
+        next(iter(run.captions)).touch()
+        with pytest.raises(MivpgError, match="made with another base"):
+            run.claim()
+
+    def test_a_killed_run_does_not_speak_by_its_last_line(self, tmp_path):
+        run = self.run_of(tmp_path)
+        run.log.write_text("Training on 630 captions …\n")
+        assert runner._reason(run, -9) == "ended by SIGKILL; was there too little memory?"
+        assert runner._reason(run, 1) == "Training on 630 captions …"
+
+    @pytest.mark.parametrize(
+        ("variable", "count", "names"),
+        [("", 0, []), ("", 2, ["0", "1"]), ("5,7", 2, ["5", "7"]), ("GPU-1f", 1, ["GPU-1f"]), ("-1", 0, [])],
+    )
+    def test_each_gpu_has_one_run(self, monkeypatch, variable, count, names):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+        monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: count)
+        assert runner.visible_gpus() == names
+
+
+def test_a_table_of_which_nothing_ran_is_reported(tmp_path):
+    """As where a data set is missing: the report says so, and does not draw bars of nothing."""
+    experiment = dataclasses.replace(experiments(MINIATURE)["figure4"], claims=())
+    rows = [
+        {
+            "data": arm.data,
+            "arm": arm.name,
+            "title": arm.title,
+            "seeds": [],
+            "metrics": {metric: [] for metric in METRICS},
+            "of_labels": [],
+            "costs": {},
+            "failed": {"0": "data/coco does not exist"},
+        }
+        for arm in experiment.arms
+    ]
+    results = {"title": "Figure 4", "seeds": [0], "rows": rows, "floors": [], "examples": [], "differences": []}
+    write_results(tmp_path, experiment, results)
+    write_report(tmp_path / "report.html", title="T", lead="L", parts=report_parts(tmp_path, experiment, results))
+    assert "data/coco does not exist" in (tmp_path / "report.html").read_text()
+    assert "data/coco does not exist" in (tmp_path / "figure4.md").read_text()
+
+
 @pytest.mark.parametrize("scale", [MINIATURE, PAPER], ids=lambda scale: scale.name)
 @pytest.mark.parametrize(("name", "folder"), [("products", "abo"), ("slides", "patch_gastric"), ("scenes", "coco")])
 def test_settings_are_those_of_the_configs(scale, name, folder):
     """What `mivpg train configs/…` runs is what the tables run."""
     config = yaml.safe_load((CONFIGS / scale.name / f"{folder}.yaml").read_text())
     settings = scale.settings[name]
-    for field, value in settings.training.items():
-        assert config[field] == value, field
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    for field in config.keys() - {"model", "dataset", "output_dir", "prompt", "seed", "validation"}:
+        assert config[field] == settings.training.get(field, defaults[field]), field
+    assert settings.training.keys() <= config.keys()
     generation = dataclasses.asdict(settings.generation)
     assert config["validation"] == generation
     assert config["model"]["max_caption_tokens"] == settings.max_caption_tokens
-    assert config["prompt"] == reproduce.PROMPT
+    assert config["prompt"] == PROMPT
     if scale is PAPER:
         assert config["model"]["base"] == scale.base
     assert f"_{settings.tokens}_" in config["dataset"]["features"]
@@ -336,6 +408,18 @@ class TestStatistics:
             interval = bootstrap_interval_over_seeds([generator.normal(0, 1, 50) for _ in range(3)])
             covers += interval["low"] < 0 < interval["high"]
         assert covers >= 90
+
+    def test_bags_that_all_seeds_share_do_not_count_as_several(self):
+        """What is special about a bag does not average out over seeds that are tested on the same bags."""
+        generator = np.random.default_rng(2)
+        covers = {True: 0, False: 0}
+        for _ in range(100):
+            of_bags = generator.normal(0, 1, 50)
+            values = [of_bags + generator.normal(0, 0.1, 50) for _ in range(3)]
+            for same_bags in covers:
+                interval = bootstrap_interval_over_seeds(values, same_bags=same_bags)
+                covers[same_bags] += interval["low"] < 0 < interval["high"]
+        assert covers[True] >= 88 > 80 > covers[False]
 
     @pytest.mark.parametrize(
         ("low", "high", "verdict"),

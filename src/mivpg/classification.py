@@ -243,8 +243,9 @@ def predict(
             instances = None
             if of_instances is not None:
                 column = 0 if of_instances.shape[-1] == 1 else int(row.argmax())
-                num_tokens = 1 if bags[index].instances.ndim == 2 else bags[index].instances.shape[1]
-                instances = of_instances[: len(bags[index].instances) * num_tokens, column].tolist()
+                of_bag = bags[index].instances
+                num_tokens = of_bag.shape[1] if of_bag.ndim == 3 and model.config.patch_pooling == "none" else 1
+                instances = of_instances[: len(of_bag) * num_tokens, column].tolist()
             found[index] = Prediction(bags[index].id, row.tolist(), instances)
     return [found[index] for index in range(len(bags))]
 
@@ -369,9 +370,11 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
 
 
 def _digest(bag_set: BagSet) -> str:
-    """What tells whether bags, labels and folds are still the same."""
+    """What tells whether bags, labels, places and folds are still the same."""
     sha256 = hashlib.sha256()
     for bag in bag_set.bags:
         sha256.update(json.dumps([bag.id, bag.label, bag.fold, bag.group, list(bag.instances.shape)]).encode())
         sha256.update(bag.instances.contiguous().numpy().tobytes())
+        if bag.coords is not None:
+            sha256.update(bag.coords.contiguous().numpy().tobytes())
     return sha256.hexdigest()

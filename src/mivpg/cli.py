@@ -480,8 +480,9 @@ def reproduce(
         seeds: How many; each draws split and training order.
         data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`.
     """
-    from mivpg.experiments.reproduce import as_markdown, has_failed
+    from mivpg.experiments.pages import as_markdown
     from mivpg.experiments.reproduce import reproduce as run
+    from mivpg.experiments.results import has_failed
 
     if not experiments:
         raise MivpgError(

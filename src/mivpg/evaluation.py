@@ -77,7 +77,8 @@ class CaptionScorer:
             raise MivpgError("there is no bag to score, expected at least one with a reference caption.")
         self.metrics = tuple(metrics)
         self.java = find_java()
-        words = tokenize(self.java, [caption for captions in references.values() for caption in captions])
+        self.words: dict[str, str] = {}
+        words = self._tokenized([caption for captions in references.values() for caption in captions])
         for bag_id, captions in references.items():
             if not captions:
                 raise MivpgError(f"bag {bag_id!r} has no reference caption, expected at least one to score against.")
@@ -106,9 +107,7 @@ class CaptionScorer:
                 f"expected one prediction for each bag with references ({len(self.references)}); "
                 f"{_some(missing)} without prediction, {_some(unknown)} without reference."
             )
-        words = tokenize(self.java, predictions.values())
-        hypotheses = {bag_id: [words[predictions[bag_id]]] for bag_id in self.references}
-
+        hypotheses = self._hypotheses(predictions)
         scores: dict[str, float] = {}
         if not set(BLEU_METRICS).isdisjoint(self.metrics):
             bleu, _ = Bleu(len(BLEU_METRICS)).compute_score(self.references, hypotheses, verbose=0)
@@ -127,10 +126,18 @@ class CaptionScorer:
         Args:
             predictions: As in `score`.
         """
-        words = tokenize(self.java, predictions.values())
-        hypotheses = {bag_id: [words[predictions[bag_id]]] for bag_id in self.references}
-        _, scores = Cider().compute_score(self.references, hypotheses)
+        _, scores = Cider().compute_score(self.references, self._hypotheses(predictions))
         return dict(zip(self.references, map(float, scores), strict=True))
+
+    def _hypotheses(self, predictions: Mapping[str, str]) -> dict[str, list[str]]:
+        words = self._tokenized(predictions.values())
+        return {bag_id: [words[predictions[bag_id]]] for bag_id in self.references}
+
+    def _tokenized(self, captions: Iterable[str]) -> Mapping[str, str]:
+        """As `tokenize`; Java starts for captions that have not been seen before alone."""
+        if new := [caption for caption in captions if caption not in self.words]:
+            self.words |= tokenize(self.java, new)
+        return self.words
 
     def __enter__(self) -> Self:
         return self
@@ -246,7 +253,9 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, f
     return {"mean": float(np.mean(values)), "low": float(interval.low), "high": float(interval.high)}
 
 
-def bootstrap_interval_over_seeds(values: Sequence[Sequence[float]], *, seed: int = 0) -> dict[str, float]:
+def bootstrap_interval_over_seeds(
+    values: Sequence[Sequence[float]], *, same_bags: bool = False, seed: int = 0
+) -> dict[str, float]:
     """The mean of a value a bag over several seeds, and its 95 % interval: seeds are resampled, and bags within each.
 
     With three seeds the interval covers less than it says where seeds differ more than bags do (.79 in a simulation,
@@ -254,6 +263,8 @@ def bootstrap_interval_over_seeds(values: Sequence[Sequence[float]], *, seed: in
 
     Args:
         values: Of each seed, a value a bag.
+        same_bags: Whether all seeds have the same bags, in the same order. A resample then draws the same bags of each,
+            since what is special about a bag does not average out over seeds.
         seed: Of the resampling.
 
     Returns:
@@ -261,13 +272,16 @@ def bootstrap_interval_over_seeds(values: Sequence[Sequence[float]], *, seed: in
     """
     generator = np.random.default_rng(seed)
     num_resamples, num_seeds = 2000, len(values)
-    pools = []  # of each seed, as many means of resampled bags as could be asked for
+    num_draws = 1 if same_bags else num_seeds  # of bags, in a resample
+    pools: list[np.ndarray] = []  # of each seed, its mean over the bags of each draw
     for of_seed in values:
         array = np.asarray(of_seed, dtype=float)
-        rows = generator.integers(len(array), size=(num_resamples * num_seeds, len(array)))
-        pools.append(array[rows].mean(axis=1))
-    chosen = generator.integers(num_seeds, size=num_resamples * num_seeds)
-    means = np.stack(pools)[chosen, np.arange(len(chosen))].reshape(num_resamples, num_seeds).mean(axis=1)
+        if not (same_bags and pools):
+            rows = generator.integers(len(array), size=(num_resamples, num_draws, len(array)))
+        pools.append(array[rows].mean(axis=2))
+    chosen = generator.integers(num_seeds, size=(num_resamples, num_seeds))
+    draws = np.zeros(num_seeds, dtype=int) if same_bags else np.arange(num_seeds)
+    means = np.stack(pools)[chosen, np.arange(num_resamples)[:, None], draws].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return {
         "mean": float(np.mean([np.mean(of_seed) for of_seed in values])),

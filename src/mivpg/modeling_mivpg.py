@@ -788,11 +788,7 @@ class MivpgForBagClassification(MivpgVisualPromptModel):
         found = self.get_visual_prompts(image_embeds, image_mask, image_coords, **kwargs)
         mask = found.mask[..., None].to(found.embeds.dtype)  # (B, T, 1)
         logits = self.classifier((found.embeds * mask).sum(dim=1) / mask.sum(dim=1))
-        loss = None
-        if labels is not None:
-            loss = classification_loss(logits, labels)
-            if found.loss is not None:
-                loss = loss + found.loss
+        loss = None if labels is None else classification_loss(logits, labels)
         attention = None if found.weights is None else found.weights.mean(dim=1)
         return BagClassificationOutput(loss, logits, None, attention)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from statistics import mean, stdev
 from typing import ClassVar
 
 import matplotlib
@@ -169,6 +170,14 @@ def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Part]) ->
     environment.filters |= {"thumbnail": thumbnail, "draw_chart": draw_chart, "data_uri": data_uri, "percent": percent}
     page = environment.get_template("report.html.jinja").render(title=title, lead=lead, parts=parts)
     write_whole(path, page.encode(errors="replace"))  # half a surrogate pair, which JSON can hold, has no UTF-8
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of values over seeds, for a cell."""
+    if not values:
+        return "–"
+    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{mean(values):.3f}{deviation}"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -25,8 +25,6 @@ class VisualPrompts:
     """(B, T), 1 = real; padding stands at the end."""
     weights: Tensor | None = None
     """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
-    loss: Tensor | None = None
-    """A loss of the aggregator's own, for those that have one."""
 
 
 class Aggregator(nn.Module):

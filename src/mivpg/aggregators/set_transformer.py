@@ -3,6 +3,7 @@
     MAB(Q, K) = O + ReLU(FC(O)),   O = Q' + softmax(Q' K'^T / sqrt(d)) V',   by head; Q', K', V' are projected to d
     ISAB(X)   = MAB(X, MAB(I, X))      I learned points
     PMA(X)    = MAB(S, X)              S learned seeds, one a prompt
+    SAB(X)    = MAB(X, X)
 
 B bags, M = N P instances, D their width, d the width inside, T prompts.
 """
@@ -65,7 +66,9 @@ class InducedBlock(nn.Module):
 
 
 class SetTransformer(Aggregator):
-    """Two ISAB, then PMA: a learned seed makes a prompt. There is no feed-forward before PMA, as in the authors' code.
+    """Two ISAB, then PMA: a learned seed makes a prompt; several prompts see each other in two SAB.
+
+    As in the authors' code there is no feed-forward before PMA, and no SAB after it where there is one seed.
 
     Args:
         image_embeds_size: D.
@@ -101,6 +104,10 @@ class SetTransformer(Aggregator):
         )
         self.seeds = nn.Parameter(torch.empty(1, num_prompts, size))
         self.pool = AttentionBlock(size, size, size, num_heads, layer_norm=layer_norm)
+        num_blocks = 2 if num_prompts > 1 else 0
+        self.decoder = nn.ModuleList(
+            AttentionBlock(size, size, size, num_heads, layer_norm=layer_norm) for _ in range(num_blocks)
+        )
         self.projection = None if hidden_size is None else nn.Linear(size, hidden_size)
         self.reset_parameters()
 
@@ -116,6 +123,8 @@ class SetTransformer(Aggregator):
         for block in self.encoder:
             states = block(states, mask)
         embeds = self.pool(self.seeds.expand(len(states), -1, -1), states, mask)
+        for block in self.decoder:
+            embeds = block(embeds, embeds)
         if self.projection is not None:
             embeds = self.projection(embeds)
         return VisualPrompts(embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))

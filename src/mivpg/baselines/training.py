@@ -24,7 +24,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -41,9 +41,6 @@ from mivpg.files import read_json, refuse_used, write_whole
 
 SlideFeatures = Mapping[str, Sequence[Path | Tensor]]
 """By slide id, one or more copies of a slide: each a features file, of which every vector is a row, or rows (M, C)."""
-
-METRIC = "BLEU@4"
-"""By which epochs are compared."""
 
 RECORD_FILE = "baseline.json"
 BEST_FILE = "best.safetensors"
@@ -74,7 +71,9 @@ class BaselineConfig:
     num_epochs: int = 40
     """Passes over all copies of all training slides."""
     patience: int = 10
-    """Training ends after so many epochs without a better BLEU@4 of validation."""
+    """Training ends after so many epochs without a better validation."""
+    metric: Literal["BLEU@4", "CIDEr"] = "BLEU@4"
+    """By which epochs are compared on validation."""
     seed: int = 0
     """Of weights, order, rows and noise."""
 
@@ -147,7 +146,7 @@ def train_baseline(
         model = _make_model(record)
     optimizer = torch.optim.Adam(model.parameters())
     log = _resume(out / CHECKPOINT_FILE, model, optimizer)
-    with CaptionScorer({sample.id: sample.captions for sample in val}, [METRIC]) as scorer:
+    with CaptionScorer({sample.id: sample.captions for sample in val}, [config.metric]) as scorer:
         while not _has_ended(log, config):
             epoch = len(log)
             for group in optimizer.param_groups:
@@ -155,7 +154,7 @@ def train_baseline(
             loss = _train_epoch(model, optimizer, lessons, config, epoch)
             score = scorer.score(_caption(model, record, features, val))
             log.append({"epoch": epoch + 1, "loss": loss} | score)
-            if _best(log) is log[-1]:
+            if _best(log, config) is log[-1]:
                 write_whole(out / BEST_FILE, save(_model_tensors(model)))
             write_whole(out / LOG_FILE, json.dumps(log, indent=2) + "\n")
             _save(out / CHECKPOINT_FILE, model, optimizer, log)  # last: without it, all of the epoch is done again
@@ -257,15 +256,15 @@ def _read(features: Path | Tensor) -> Tensor:
     return read_features(features)[0].flatten(0, 1) if isinstance(features, Path) else features
 
 
-def _best(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def _best(log: Sequence[Mapping[str, Any]], config: BaselineConfig) -> Mapping[str, Any]:
     """The epoch of the best validation, the first among equals."""
-    return max(log, key=lambda entry: entry[METRIC])
+    return max(log, key=lambda entry: entry[config.metric])
 
 
 def _has_ended(log: Sequence[Mapping[str, Any]], config: BaselineConfig) -> bool:
     if not log:
         return False
-    return len(log) >= config.num_epochs or len(log) - _best(log)["epoch"] >= config.patience
+    return len(log) >= config.num_epochs or len(log) - _best(log, config)["epoch"] >= config.patience
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────

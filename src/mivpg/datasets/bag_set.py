@@ -32,7 +32,7 @@ class LabelledBag:
 
     id: str
     instances: Tensor
-    """(instances of the bag, D) float32, in the order of the file."""
+    """(instances of the bag, D) float32, in the order of the file; (images, P, D) of a bag file's features."""
     label: int
     instance_labels: Tensor | None = None
     """(instances of the bag,) int64."""

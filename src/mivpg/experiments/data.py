@@ -3,6 +3,7 @@
 out/data/products|slides|scenes/   the miniatures, in the real data sets' files; at the paper's scale, the data root
 out/other_base/                    the miniature base with the other kind of language model, where one is asked for
 out/features/…                     what the frozen vision model says of each image, computed once for all runs
+out/captions/products/seed-0/…     what the runs of each arm write
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,9 @@ from tqdm import tqdm
 
 from mivpg.baselines.backbones import Backbone, load_backbone, slide_features
 from mivpg.baselines.pretraining import PretrainingConfig, pretrain_backbone
+from mivpg.baselines.training import stored_features
 from mivpg.captioning import GenerationOptions
+from mivpg.checkpoints import describe_base, locate_base
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.coco import CocoConfig
@@ -62,6 +65,8 @@ class Settings:
     """Where to get it."""
     draw: Callable[[Path], Any]
     """Makes the miniature, or what is missing of it."""
+    caption_batch: int
+    """Bags captioned at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,7 @@ class Scale:
     epochs: tuple[int, ...]
     """After which Figure 5 looks at captions; the last is how long it trains."""
     recurrent: Mapping[str, Any]
-    """Fields of `BaselineConfig`, the recurrent decoder of Table 1."""
+    """Fields of `BaselineConfig`, the recurrent decoder of Table 1; its epochs are compared by CIDEr, as MIVPG's."""
     num_tokens: int
     """P, of the vision model."""
     num_query_tokens: int
@@ -137,6 +142,7 @@ MINIATURE = Scale(
             training={"num_train_epochs": 4, "batch_size": 32, "learning_rate": 1e-3},
             generation=GenerationOptions(num_beams=1, max_new_tokens=64),
             max_caption_tokens=64,
+            caption_batch=50,
         ),
         "slides": _settings(
             "slides",
@@ -145,6 +151,7 @@ MINIATURE = Scale(
             training={"num_train_epochs": 40, "batch_size": 8, "learning_rate": 1e-3},
             generation=GenerationOptions(num_beams=1, max_new_tokens=96),
             max_caption_tokens=96,
+            caption_batch=50,
         ),
         "scenes": _settings(
             "scenes",
@@ -153,13 +160,14 @@ MINIATURE = Scale(
             training={"num_train_epochs": 5, "batch_size": 32, "learning_rate": 3e-4},
             generation=GenerationOptions(num_beams=1, max_new_tokens=32),
             max_caption_tokens=32,
+            caption_batch=50,
         ),
     },
     subset_sizes=(250, 500, 1000, 2000),
     unfrozen_sizes=(250, 1000),
     image_sizes=(96, 156),
     epochs=(0, 1, 4, 14, 30),
-    recurrent={"embedding_dim": 64, "hidden_dim": 128},
+    recurrent={"embedding_dim": 64, "hidden_dim": 128, "metric": "CIDEr"},
     num_tokens=65,
     num_query_tokens=16,
     perceiver={"depth": 3, "num_heads": 4, "head_size": 32},
@@ -194,6 +202,7 @@ PAPER = Scale(
             training=_PAPER_TRAINING | {"num_train_epochs": 40},
             generation=GenerationOptions(num_beams=5, max_new_tokens=64, min_new_tokens=8),
             max_caption_tokens=64,
+            caption_batch=16,
         ),
         "slides": _settings(
             "slides",
@@ -202,6 +211,7 @@ PAPER = Scale(
             training=_PAPER_TRAINING | {"num_train_epochs": 40},
             generation=GenerationOptions(num_beams=5, max_new_tokens=96, min_new_tokens=8),
             max_caption_tokens=96,
+            caption_batch=16,
         ),
         "scenes": _settings(
             "scenes",
@@ -210,13 +220,14 @@ PAPER = Scale(
             training=_PAPER_TRAINING | {"num_train_epochs": 5, "warmup_steps": 1000},
             generation=GenerationOptions(num_beams=5, max_new_tokens=30, min_new_tokens=8),
             max_caption_tokens=32,
+            caption_batch=16,
         ),
     },
     subset_sizes=(50_000, 100_000, 200_000, 560_000),
     unfrozen_sizes=(50_000, 100_000, 200_000, 560_000),
     image_sizes=(224, 364),
     epochs=(0, 1, 4, 14, 30),
-    recurrent={},
+    recurrent={"metric": "CIDEr"},
     num_tokens=257,
     num_query_tokens=32,
     perceiver=None,
@@ -250,6 +261,10 @@ class ExperimentData:
         assert self.data_root is not None
         return self.data_root / self.scale.settings[name].real_folder
 
+    def caption_file(self, name: DataName, arm: str, seed: int) -> Path:
+        """Where the captions of an arm's run go."""
+        return self.out / "captions" / name / f"seed-{seed}" / f"{arm}.jsonl"
+
     def base(self, name: BaseName) -> str:
         """Folder or Hub id of a base; at the miniature's scale the other one is trained when it is first asked for."""
         if name == "main":
@@ -261,6 +276,11 @@ class ExperimentData:
             print(f"The base with the {self.scale.language_models[name]} …", flush=True)
             make_encoder_decoder_base(folder)
         return str(folder)
+
+    def weights_of_base(self, name: BaseName) -> dict[str, Any]:
+        """What tells the weights of a base from others: digests of a folder's files, the commit of a Hub id."""
+        (entry,) = describe_base({name: locate_base(self.base(name))}).values()
+        return {key: entry[key] for key in ("sha256", "revision")}
 
     def dataset(
         self, name: DataName, view: View, seed: int, num_pairs: int | None = None, base: BaseName = "main"
@@ -314,7 +334,7 @@ class ExperimentData:
         )
         self.stores[name, "all", base] = of_model / "all"
         if base == "main":
-            self.stored[name] = {sample.id: [sample.features] for sample in stored if sample.features is not None}
+            self.stored[name] = stored_features(stored)
         if view == "main":
             self.stores[name, "main", base] = of_model / "main"
             for sample in tqdm(stored, desc="first images", unit="bag", delay=1, leave=False, disable=None):

@@ -13,8 +13,8 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ from mivpg.classification import ClassifierConfig, make_classifier, predict, sco
 from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
 from mivpg.files import refuse_used, write_whole
-from mivpg.report import Table, Text, markdown_table, write_report
+from mivpg.report import Table, Text, markdown_table, spread, write_report
 from mivpg.training import QFormerSizes
 
 Task = Literal["contains", "repeats"]
@@ -114,7 +114,7 @@ def make_bags(task: Task, digits: np.ndarray, labels: np.ndarray, number: int, s
 
     Args:
         task: What makes a bag positive.
-        digits: (n, 64), each with
+        digits: (n, 64), a digit a row.
         labels: (n,), 0 to 9.
         number: Of bags.
         seed: Of the draw.
@@ -173,13 +173,13 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
         What `digits.json` holds: by task, arm and number of training bags, a list of scores over seeds.
 
     Raises:
-        MivpgError: The folder holds something else, or a classifier failed.
+        MivpgError: The folder holds something else; or, when all else is done and written, classifiers failed.
     """
     config = config or DigitsConfig()
     mark = out / "config.json"
-    asked = json.dumps(config.__dict__, indent=2) + "\n"
+    asked = json.dumps({**asdict(config), "arms": [asdict(arm) for arm in ARMS]}, indent=2) + "\n"
     if mark.exists() and mark.read_text(encoding="utf-8") != asked:
-        raise MivpgError(f"{out} holds digits of another size; name another folder.")
+        raise MivpgError(f"{out} holds digits of another size, or other aggregators; name another folder.")
     if not mark.exists():
         refuse_used(out)
     write_whole(mark, asked)
@@ -196,15 +196,20 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
         context.Pool(os.cpu_count(), initializer=_start_process) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="classifier", disable=None) as progress,
     ):
-        for _ in pool.imap_unordered(_run_job, missing):
+        failures = []
+        for failure in pool.imap_unordered(_run_job, missing):
             progress.update()
+            failures += [failure] if failure else []
     results: dict[str, Any] = {task: {} for task in get_args(Task)}
     for arm, task, number, seed in jobs:
-        scores = json.loads(_file(out, arm, task, number, seed).read_text(encoding="utf-8"))
-        results[task].setdefault(arm.name, {}).setdefault(str(number), []).append(scores)
+        of_seeds = results[task].setdefault(arm.name, {}).setdefault(str(number), [])
+        if (file := _file(out, arm, task, number, seed)).exists():
+            of_seeds.append(json.loads(file.read_text(encoding="utf-8")))
     write_whole(out / "digits.json", json.dumps(results, indent=2) + "\n")
     _write_tables(out, config, results)
     write_whole(out / "digits.png", draw_digits(config, results))
+    if failures:
+        raise MivpgError(f"{len(failures)} classifiers failed, and the tables go without them; first {failures[0]}")
     return results
 
 
@@ -218,9 +223,17 @@ def _start_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _run_job(job: tuple[Path, DigitsConfig, DigitArm, Task, int, int]) -> None:
-    """One classifier."""
-    out, config, arm, task, number, seed = job
+def _run_job(job: tuple[Path, DigitsConfig, DigitArm, Task, int, int]) -> str | None:
+    """One classifier; says what failed, if it did."""
+    try:
+        _classify(*job)
+    except Exception as error:
+        _, _, arm, task, number, seed = job
+        return f"{task} {arm.name}, {number} bags, seed {seed}: {type(error).__name__}: {error}"
+    return None
+
+
+def _classify(out: Path, config: DigitsConfig, arm: DigitArm, task: Task, number: int, seed: int) -> None:
     train_digits, test_digits = split_digits(seed)
     train = make_bags(task, *train_digits, number, seed)
     test = make_bags(task, *test_digits, config.num_test_bags, seed + 1000)
@@ -242,18 +255,16 @@ def _run_job(job: tuple[Path, DigitsConfig, DigitArm, Task, int, int]) -> None:
 COLORS = [f"C{index}" for index in range(10)]
 
 
-def _spread(scores: Sequence[Mapping[str, float]], metric: str) -> str:
-    values = [score[metric] for score in scores if metric in score]
-    if not values:
-        return "–"
-    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-
-
 def _rows(config: DigitsConfig, results: Mapping[str, Any], task: str, metric: str) -> list[list[str]]:
     return [
-        [arm.title, *(_spread(results[task][arm.name][str(number)], metric) for number in config.num_train_bags)]
+        [arm.title, *(spread(_values(results, task, arm, number, metric)) for number in config.num_train_bags)]
         for arm in ARMS
     ]
+
+
+def _values(results: Mapping[str, Any], task: str, arm: DigitArm, number: int, metric: str) -> list[float]:
+    """A metric over seeds, where it is defined."""
+    return [scores[metric] for scores in results[task][arm.name][str(number)] if metric in scores]
 
 
 TITLES = {
@@ -306,7 +317,7 @@ def draw_digits(config: DigitsConfig, results: Mapping[str, Any]) -> bytes:
         for index, arm in enumerate(ARMS):
             means = []
             for number in config.num_train_bags:
-                values = [score[metric] for score in results[task][arm.name][str(number)] if metric in score]
+                values = _values(results, task, arm, number, metric)
                 means.append(np.mean(values) if values else np.nan)
             is_ours = arm.options["aggregator"] == "mivpg"
             axes.plot(

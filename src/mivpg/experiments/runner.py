@@ -1,7 +1,8 @@
-"""Runs, each in a process of its own, as many at once as there are cores: fine-tune, then caption.
+"""Runs, each in a process of its own, as many at once as there are GPUs, else cores: fine-tune, then caption.
 
 What is there already is not done again: a run that has written its captions is done, and one that was interrupted goes
-on from its newest checkpoint. A run that fails does not stop the others; its log says why.
+on from its newest checkpoint. Beside its captions stands what they were made of, so that those of another base or
+other settings are not taken for its own. A run that fails does not stop the others; its log says why.
 """
 
 import json
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -20,12 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mivpg.bags import BagCollator, BagDataset, Sample, bag_size, select
+from mivpg.bags import BagCollator, BagDataset, BagSampler, Sample, bag_size, select
 from mivpg.baselines.training import BaselineConfig, caption_with_baseline, train_baseline
 from mivpg.captioning import GenerationOptions, caption_file
 from mivpg.datasets import DatasetConfig
 from mivpg.errors import MivpgError
-from mivpg.files import last_json_line, write_whole
+from mivpg.files import last_json_line, read_json, write_whole
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
 from mivpg.training import LOG_FILE, ModelConfig, TrainConfig, train
@@ -41,6 +43,8 @@ class Run:
     """What the process prints."""
     captions: Mapping[Path, DatasetConfig]
     """Where captions go, and the data set whose test split they are of."""
+    made_of: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What captions depend on, as JSON has it."""
     num_steps: int = 0
     """Steps of training, for the progress bar."""
     cost: float = field(default=1.0, compare=False)
@@ -48,8 +52,33 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether all captions are there, which come after everything else."""
-        return all(file.exists() for file in self.captions)
+        """Whether all captions are there, which come after everything else, and were made of this."""
+        return all(file.exists() for file in self.captions) and self._record() == self.made_of
+
+    @property
+    def record_file(self) -> Path:
+        """Says what captions are made of; it is written before them."""
+        return next(iter(self.captions)).with_suffix(".made_of.json")
+
+    def _record(self) -> Any:
+        return read_json(self.record_file) if self.record_file.exists() else None
+
+    def claim(self) -> None:
+        """Writes what captions will be made of.
+
+        Raises:
+            MivpgError: Captions, or a run, are there that were made of something else.
+        """
+        found = self._record()
+        if found is None and not any(file.exists() for file in self.captions):
+            write_whole(self.record_file, json.dumps(self.made_of, indent=2) + "\n")
+        elif found != self.made_of:
+            known = found if isinstance(found, dict) else {}
+            other = [name for name in self.made_of if known.get(name) != self.made_of[name]]
+            raise MivpgError(
+                f"{self.record_file}: captions beside it were made with another {', '.join(other)}; "
+                "delete them and the run's folder, or name another --out."
+            )
 
     @property
     def num_logged_steps(self) -> int:
@@ -71,8 +100,15 @@ class FineTuning(Run):
     """Its `model` is the one above."""
     generation: GenerationOptions
     prompt: str
+    caption_batch: int = 50
+    """Bags captioned at once."""
     measures_cost: bool = False
     """Whether it also says what a training step costs."""
+
+    @property
+    def is_done(self) -> bool:
+        """Also whether its cost is measured, where that is asked for."""
+        return super().is_done and (not self.measures_cost or cost_file(next(iter(self.captions))).exists())
 
     @property
     def num_logged_steps(self) -> int:
@@ -82,26 +118,31 @@ class FineTuning(Run):
         last = last_json_line(self.training.output_dir / LOG_FILE)
         return 0 if last is None else int(last["step"])
 
-    @property
-    def cost_file(self) -> Path:
-        """Where it says what a training step costs."""
-        return next(iter(self.captions)).with_suffix(".cost.json")
-
     def execute(self) -> None:
-        """Trains, if it trains, and captions."""
+        """Says what a step costs, if that is asked for; trains, if it trains; captions."""
+        if self.measures_cost and self.training is not None:
+            self.measure_cost(self.training)  # first, so that memory is that of these steps
+        if all(file.exists() for file in self.captions):
+            return
         if self.training is None:
             model, processor = self.model.load()
         else:
             folder = train(self.training, resume=True)
             model = MivpgForConditionalGeneration.from_pretrained(folder)
             processor = MivpgProcessor.from_pretrained(folder)
-        if self.measures_cost and self.training is not None and not self.cost_file.exists():
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            samples = select(self.training.dataset.load(), "train")
-            cost = step_cost(model, processor, samples, batch_size=self.training.batch_size)
-            write_whole(self.cost_file, json.dumps(cost) + "\n")
         for file in self.captions:
             self.caption(model, processor, file)
+
+    def measure_cost(self, training: TrainConfig) -> None:
+        """Writes what a training step costs, where it is not there yet."""
+        file = cost_file(next(iter(self.captions)))
+        if file.exists():
+            return
+        model, processor = self.model.load()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        samples = select(training.dataset.load(), "train")
+        cost = step_cost(model, processor, samples, batch_size=training.batch_size, bf16=training.bf16)
+        write_whole(file, json.dumps(cost) + "\n")
 
     def caption(self, model: MivpgForConditionalGeneration, processor: MivpgProcessor, file: Path) -> None:
         """Writes one of `captions`, where it is not there yet."""
@@ -109,7 +150,16 @@ class FineTuning(Run):
             return
         samples = select(self.captions[file].load(), "test")
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        caption_file(model, processor, samples, file, generation=self.generation, prompt=self.prompt, batch_size=50)
+        caption_file(
+            model,
+            processor,
+            samples,
+            file,
+            generation=self.generation,
+            prompt=self.prompt,
+            batch_size=self.caption_batch,
+            strict=True,  # a table compares the same bags
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,38 +207,62 @@ class RecurrentDecoder(Run):
             write_whole(file, "\n".join(lines) + "\n")
 
 
+def cost_file(captions: Path) -> Path:
+    """Where a run says what a training step costs, beside its captions."""
+    return captions.with_suffix(".cost.json")
+
+
+NUM_TIMED_STEPS = 4
+
+
 def step_cost(
-    model: MivpgForConditionalGeneration, processor: MivpgProcessor, samples: Sequence[Sample], *, batch_size: int
+    model: MivpgForConditionalGeneration,
+    processor: MivpgProcessor,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    bf16: bool = False,
 ) -> dict[str, float]:
-    """What a training step costs: on the same batches for every arm, drawn evenly over the sizes of the bags.
+    """What a training step costs, on batches as training makes them, the same for all arms.
 
     Returns:
-        `trained_parameters`; `visual_tokens`, the mean over these bags; `seconds_a_step`, forward, backward and AdamW,
-        the least of three; `peak_memory_gb` of this process so far.
+        `trained_parameters`; `visual_tokens`, the mean over these bags; `seconds_a_step` (forward, backward and AdamW),
+        the mean over the batches, of each the less of two; `peak_memory_gb`, of the GPU, or of this process so far.
     """
-    by_size = sorted(samples, key=bag_size)
-    number = min(batch_size, len(by_size))
-    chosen = [by_size[round(place * (len(by_size) - 1) / max(1, number - 1))] for place in range(number)]
-    dataset = BagDataset(chosen, prompt=processor.prompt, training=True)
-    batch = BagCollator(processor, training=True)([dataset[index] for index in range(len(chosen))])
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    order = [index for _, index in BagSampler([bag_size(sample) for sample in samples], seed=0, block=batch_size)]
+    dataset = BagDataset(samples, prompt=processor.prompt, training=True)
+    collate = BagCollator(processor, training=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)  # which leaves the weights as they are
-    seconds = []
+    device = model.device
+    seconds, marks = [], []
     model.train()
-    for _ in range(3):
-        start = time.perf_counter()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+    for number in range(NUM_TIMED_STEPS):
+        batch = collate([dataset[index] for index in order[number * batch_size : (number + 1) * batch_size]])
+        batch = {name: value.to(device) for name, value in batch.items()}
+        marks.append((batch["input_ids"] == model.config.image_token_index).sum(dim=1).float().mean().item())
+        of_batch = []
+        for _ in range(2):
+            start = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            of_batch.append(time.perf_counter() - start)
+        seconds.append(min(of_batch))
     model.eval()
-    marks = (batch["input_ids"] == model.config.image_token_index).sum(dim=1).float().mean().item()
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000
     return {
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
-        "visual_tokens": marks,
-        "seconds_a_step": min(seconds),
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "visual_tokens": sum(marks) / len(marks),
+        "seconds_a_step": sum(seconds) / len(seconds),
+        "peak_memory_gb": memory / 1e9,
     }
 
 
@@ -197,10 +271,10 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
 
     Args:
         runs: In any order.
-        num_processes: At once; by default one a core.
+        num_processes: At once; by default one a GPU, each of which has its own, or where there is none one a core.
 
     Returns:
-        Of the runs that failed, the last line of their logs.
+        Of the runs that failed, what ended them.
     """
     runs = list({run.name: run for run in runs}.values())  # arms may share one
     waiting = sorted((run for run in runs if not run.is_done), key=lambda run: -run.cost)
@@ -214,49 +288,70 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
     heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, heard)
-    running: dict[str, tuple[Run, Any]] = {}
+    gpus = visible_gpus()
+    free = (gpus or [None] * (num_processes or os.cpu_count() or 1))[:num_processes]
+    running: dict[str, tuple[Run, str | None, Any]] = {}
     failed: dict[str, str] = {}
     done = sum(run.num_steps for run in runs if run.is_done)
     progress = tqdm(total=sum(run.num_steps for run in runs), initial=done, unit="step", disable=None)
     try:
         while waiting or running:
-            while waiting and len(running) < (num_processes or os.cpu_count() or 1):
-                run = waiting.pop(0)
-                process = context.Process(target=_run_one, args=(run,), daemon=True)
+            while waiting and free:
+                run, gpu = waiting.pop(0), free.pop()
+                process = context.Process(target=_run_one, args=(run, gpu), daemon=True)
                 process.start()
-                running[run.name] = (run, process)
-            progress.update(done + sum(run.num_logged_steps for run, _ in running.values()) - progress.n)
-            for name, (run, process) in list(running.items()):
+                running[run.name] = (run, gpu, process)
+            progress.update(done + sum(run.num_logged_steps for run, _, _ in running.values()) - progress.n)
+            for name, (run, gpu, process) in list(running.items()):
                 process.join(timeout=0.2)
                 if process.exitcode is None:
                     continue
                 del running[name]
+                free.append(gpu)
                 done += run.num_steps
                 if process.exitcode == 0:
                     tqdm.write(f"  {name} is done")
                     continue
-                log = run.log.read_text(encoding="utf-8").strip().splitlines() if run.log.exists() else []
-                failed[name] = log[-1] if log else f"exit code {process.exitcode}"
+                failed[name] = _reason(run, process.exitcode)
                 tqdm.write(f"  {name} failed ({run.log}): {failed[name]}")
     finally:
         progress.close()
-        for _, process in running.values():
+        for _, _, process in running.values():
             process.kill()
             process.join()
     return failed
 
 
-def _run_one(run: Run) -> None:
+def visible_gpus() -> list[str | None]:
+    """What `CUDA_VISIBLE_DEVICES` calls each GPU that there is."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    count = torch.cuda.device_count()
+    return [*names[:count]] if names[0] else [str(number) for number in range(count)]
+
+
+def _reason(run: Run, exitcode: int) -> str:
+    if exitcode < 0:
+        return f"ended by {signal.Signals(-exitcode).name}; was there too little memory?"
+    log = run.log.read_text(encoding="utf-8").strip().splitlines() if run.log.exists() else []
+    return log[-1] if log else f"exit code {exitcode}"
+
+
+def _run_one(run: Run, gpu: str | None) -> None:
     """What happens in a run's process."""
     import transformers
 
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # nothing has looked for GPUs in this process yet
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     with run.log.open("a", encoding="utf-8") as log:
         sys.stdout = sys.stderr = log
         try:
+            run.claim()
             run.execute()
         except Exception as error:
-            print(f"{type(error).__name__}: {error}" if not isinstance(error, MivpgError) else error, flush=True)
+            if not isinstance(error, MivpgError):
+                traceback.print_exc()
+            print(error if isinstance(error, MivpgError) else f"{type(error).__name__}: {error}", flush=True)
             raise SystemExit(1) from error

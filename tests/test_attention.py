@@ -1,8 +1,7 @@
-"""Facts, costs and attention as measurements: each against something computed another way, and each able to fail."""
+"""What attention looks at, against bags of which it is known; each measure is able to fail."""
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,91 +13,22 @@ from mivpg.bags import Bag
 from mivpg.captioning import GenerationOptions
 from mivpg.datasets.abo import AboConfig
 from mivpg.errors import MivpgError
-from mivpg.experiments import claims
+from mivpg.experiments.attention import (
+    add_foreign_photos,
+    attention_tables,
+    foreign_values,
+    measure_attention,
+    named_values,
+    pixel_values,
+    redraw,
+)
 from mivpg.features import extract_features
-from mivpg.layers import CorrelatedSelfAttention
 from mivpg.miniature import BASE_MODEL
 from mivpg.miniature.catalogue import CatalogueProduct, make_catalogue
 from mivpg.miniature.drawing import Block, Camera, draw, draw_with_parts
 from mivpg.miniature.wording import compose
-from mivpg.modeling_mivpg import MivpgForConditionalGeneration, MivpgVisualPromptModel
+from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
-
-# ── Facts ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@cache
-def facts() -> list[claims.Fact]:
-    return claims.measure_facts(str(BASE_MODEL))
-
-
-def failing(measured: list[claims.Fact]) -> set[str]:
-    return {fact.says for fact in measured if not fact.holds}
-
-
-def test_facts_hold() -> None:
-    assert not failing(facts())
-    assert len({fact.says for fact in facts()}) == len(facts()) == 18
-
-
-def test_a_csa_that_counts_instances_breaks_its_facts(monkeypatch) -> None:
-    forward = CorrelatedSelfAttention.forward
-
-    def counting(self, instances, *inputs):
-        return forward(self, instances, *inputs) + 0.01 * torch.arange(instances.shape[1])[:, None]
-
-    monkeypatch.setattr(CorrelatedSelfAttention, "forward", counting)
-    assert failing(claims.measure_facts(str(BASE_MODEL))) == {
-        "Shuffling the images of a bag leaves MIVPG's prompts alone, with CSA (Proposition 2).",
-        "Shuffling the images of a bag leaves MIVPG's prompts alone, with CSA's control.",
-        "CSA of shuffled instances is CSA's result, shuffled (Eq. 10).",
-    }
-
-
-def test_padding_that_is_read_breaks_its_facts(monkeypatch) -> None:
-    prompts_of = MivpgVisualPromptModel.get_visual_prompts
-    monkeypatch.setattr(
-        MivpgVisualPromptModel,
-        "get_visual_prompts",
-        lambda self, image_embeds, *_: prompts_of(self, image_embeds),
-    )
-    assert {says.split()[0] for says in failing(claims.measure_facts(str(BASE_MODEL)))} >= {"Padding", "Bags"}
-
-
-# ── Costs ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-P, D, H, R, L, BLOCKS, READING, INNER = 257, 1408, 768, 32, 128, 12, 6, 3072
-
-
-def test_costs_are_those_of_the_equations(monkeypatch) -> None:
-    monkeypatch.setattr(claims, "NUM_IMAGES", (1, 2, 21))
-    costs = claims.measure_costs()
-    of_instance = READING * (2 * D * H + 2 * R * H)  # key and value; scores and the weighted sum
-    of_pooling = P * D * L + P * L + P * D
-    fixed = BLOCKS * (4 * R * H * H + 2 * R * R * H + 2 * R * H * INNER) + READING * 2 * R * H * H
-    expected = {
-        "csa": (fixed + READING * 2 * R * H * H, of_pooling + 2 * of_instance),  # CSA: query, output, and the same
-        "without_csa": (fixed, of_pooling + of_instance),
-        "concatenation": (fixed, P * of_instance),
-    }
-    for name, (start, an_image) in expected.items():
-        arm = costs["arms"][name]
-        assert (arm["fixed"], arm["an_image"]) == (start, an_image)
-        assert sum(arm["parts"].values()) == an_image
-        for number, count in zip(costs["num_images"], arm["multiply_adds"], strict=True):
-            line = start + number * an_image
-            assert claims.on_the_line(arm, number) == line
-            assert count == line if name != "concatenation" or number * P < 2048 else count < 0.8 * line
-    assert costs["arms"]["concatenation"]["by_queries"] == P * READING * 2 * R * H
-    assert costs["arms"]["csa"]["by_queries"] == 2 * READING * 2 * R * H
-    assert costs["factor_an_image"] == P * of_instance / (of_pooling + 2 * of_instance)
-    assert costs["factor_unfolded"] > costs["factor"] > 5
-    assert claims.draw_costs(costs).startswith(b"\x89PNG")
-    (bags, images) = claims.tables(costs=costs)
-    assert [row[0] for row in bags.rows] == [row[0] for row in images.rows]
-
-
-# ── Attention ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def product_of(family: str, traits: dict[str, str], *seen: str, item_id: str = "M000000000") -> CatalogueProduct:
@@ -125,7 +55,7 @@ def test_foreign_photos_are_of_another_family() -> None:
     products = [product_of(("chair", "lamp", "bed")[number // 3], {}) for number in range(9)]
     chosen = set()
     for seed in range(10):
-        for number, mixed in enumerate(claims.add_foreign_photos(bags, products, seed=seed)):
+        for number, mixed in enumerate(add_foreign_photos(bags, products, seed=seed)):
             own, foreign = mixed.image_embeds[:-2], mixed.image_embeds[-2:]
             assert torch.equal(own, bags[number].image_embeds)
             (other,) = set(foreign[:, 0, 0].floor().int().tolist())
@@ -134,9 +64,9 @@ def test_foreign_photos_are_of_another_family() -> None:
             assert all((image == bags[other].image_embeds).flatten(1).all(dim=1).any() for image in foreign)
             chosen.add(other)
     assert chosen == set(range(9))
-    again = claims.add_foreign_photos(bags, products, seed=9)
+    again = add_foreign_photos(bags, products, seed=9)
     assert all(torch.equal(one.image_embeds, other.image_embeds) for one, other in zip(
-        again, claims.add_foreign_photos(bags, products, seed=9), strict=True
+        again, add_foreign_photos(bags, products, seed=9), strict=True
     ))  # fmt: skip
 
 
@@ -160,9 +90,9 @@ def test_attention_to_foreign_photos_is_counted_in_even_shares() -> None:
         caption_of(CHAIR, "back"),
         caption_of(replace(CHAIR, traits=CHAIR.traits | {"back": "checked"}), "back"),
     )
-    (uneven,) = claims.foreign_values([np.array([0.1, 0.2, 0.4, 0.1, 0.2])], [""], [""], [CHAIR])["foreign"]["share"]
+    (uneven,) = foreign_values([np.array([0.1, 0.2, 0.4, 0.1, 0.2])], [""], [""], [CHAIR])["foreign"]["share"]
     assert uneven == pytest.approx((0.3 / 0.6 + 0.3 / 0.8 + 0.3 / 0.9) / 3)
-    values = claims.foreign_values(weights, [wrong, right], [right, right], [CHAIR, CHAIR])["foreign"]
+    values = foreign_values(weights, [wrong, right], [right, right], [CHAIR, CHAIR])["foreign"]
     assert values["foreign"] == pytest.approx([1, 0.6])
     assert values["share"] == pytest.approx([0.5, 0.2 / 0.6])
     assert values["own"] == pytest.approx([1, 1.2])
@@ -172,16 +102,14 @@ def test_attention_to_foreign_photos_is_counted_in_even_shares() -> None:
 def test_attention_to_photos_that_show_what_is_named() -> None:
     """Of this chair photos 2 and 3 show the back, 3 alone the underside, 1 and 2 the legs; a plain front is nothing."""
     row = np.array([0.1, 0.2, 0.4, 0.3])
-    values = claims.named_values(
-        [row, row], [caption_of(CHAIR, "back", "beneath"), caption_of(CHAIR, "color")], [CHAIR] * 2
-    )
+    values = named_values([row, row], [caption_of(CHAIR, "back", "beneath"), caption_of(CHAIR, "color")], [CHAIR] * 2)
     assert values["named"]["attention"] == pytest.approx([(0.6 + 0.4) / 2])
     assert values["named"]["even"] == pytest.approx([(0.5 + 0.25) / 2])
     assert values["not_named"]["attention"] == pytest.approx([0.3, (0.6 + 0.4 + 0.3) / 3])
     assert values["not_named"]["attention - even"] == pytest.approx([0.3 - 0.5, 1.3 / 3 - 1.25 / 3])
 
     everywhere = replace(CHAIR, seen=(("back",), ("back",)))
-    assert claims.named_values([np.array([0.5, 0.5])], [""], [everywhere])["not_named"]["even"] == []
+    assert named_values([np.array([0.5, 0.5])], [""], [everywhere])["not_named"]["even"] == []
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +121,12 @@ def catalogue(tmp_path_factory) -> tuple[Path, list[CatalogueProduct]]:
 def test_photos_are_drawn_again(catalogue) -> None:
     root, products = catalogue
     for product in products[:3]:
-        photos = claims.redraw(product)
+        photos = redraw(product)
         for image_id, photo in zip(product.images, photos, strict=True):
             with Image.open(root / "images" / "small" / image_id[:2] / f"{image_id}.jpg") as image:
                 assert np.abs(np.asarray(image, int) - np.asarray(photo.image, int)).mean() < 3
     with pytest.raises(MivpgError, match="another version"):
-        claims.redraw(replace(products[0], item_id=products[1].item_id))
+        redraw(replace(products[0], item_id=products[1].item_id))
 
 
 def test_parts_are_where_their_colour_is() -> None:
@@ -224,9 +152,9 @@ def test_parts_are_where_their_colour_is() -> None:
 
 def test_weight_of_patches_on_a_part(catalogue) -> None:
     products = catalogue[1][:4]
-    photos = [claims.redraw(product) for product in products]
+    photos = [redraw(product) for product in products]
     even = [np.full((len(those), 64), 1 / 64) for those in photos]
-    values = claims.pixel_values(even, products, photos)["pixels"]
+    values = pixel_values(even, products, photos)["pixels"]
     assert len(values["product"]) == 4 and values["part"]
     assert values["part - area"] == pytest.approx([0] * len(values["part"]), abs=1e-12)
     assert values["product - area"] == pytest.approx([0] * 4, abs=1e-12)
@@ -236,7 +164,7 @@ def test_weight_of_patches_on_a_part(catalogue) -> None:
     photo.parts["legs"][32 * 3 : 32 * 3 + 16, 32 * 5 : 32 * 6] = True  # half of the patch in row 3, column 5
     row = np.zeros((1, 64))
     row[0, 3 * 8 + 5], row[0, 0] = 0.6, 0.4
-    values = claims.pixel_values([row], [CHAIR], [[photo]])["pixels"]
+    values = pixel_values([row], [CHAIR], [[photo]])["pixels"]
     assert values["part"] == values["product"] == pytest.approx([0.3])
     assert values["part area"] == pytest.approx([0.5 / 64])
 
@@ -260,7 +188,7 @@ def test_attention_of_trained_models(catalogue, tmp_path) -> None:
         folders[arm] = {0: tmp_path / arm, 1: tmp_path / arm}
     del folders["concatenation"][1]  # a run that failed
 
-    attention = claims.measure_attention(
+    attention = measure_attention(
         folders, root, tmp_path / "store",
         prompt="a photo of", generation=GenerationOptions(num_beams=1, max_new_tokens=8), num_redrawn=2, batch_size=3,
     )  # fmt: skip
@@ -275,9 +203,7 @@ def test_attention_of_trained_models(catalogue, tmp_path) -> None:
     assert alike["pixels"]["part - area"]["mean"] == pytest.approx(0, abs=1e-6)  # AB-MIL starts as the mean
     assert "pixels" not in concatenation
 
-    foreign, named, pixels = claims.tables(attention=attention)
+    foreign, named, pixels = attention_tables(attention)
     assert [row[0] for row in foreign.rows] == ["alike", "concatenation"]
     assert {row[0] for row in pixels.rows} == {"alike"}
     assert all(len(row) == len(table.columns) for table in (foreign, named, pixels) for row in table.rows)
-    tables = claims.tables(facts()[:1], attention=attention)
-    assert len(tables) == 4 and facts()[0].says in tables[0].rows[0]
