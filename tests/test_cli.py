@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from families import save_blip2, save_language_model, save_vision_model
-from mivpg import MivpgForConditionalGeneration, MivpgProcessor, images, score_captions, training
+from mivpg import GenerationOptions, MivpgForConditionalGeneration, MivpgProcessor, images, score_captions, training
 from mivpg.cli import main
 from mivpg.datasets import CocoConfig, PatchGastricConfig
 from mivpg.miniature import BASE_MODEL
@@ -175,12 +175,20 @@ def test_help_and_import_load_neither_torch_nor_transformers(command):
     assert ("Usage: mivpg COMMAND" in run.stdout) == ("--help" in command)
 
 
+def test_every_public_name_is_found():
+    package = sys.modules["mivpg"]
+    names = {"DatasetConfig", "GenerationOptions", "ModelConfig", "as_seen", "load_bag_file", "load_labelled_bags"}
+    assert names <= set(package.__all__)
+    assert all(getattr(package, name) for name in package.__all__)
+
+
 def test_help_lists_commands_and_their_fields():
     for command in ("train", "caption", "evaluate"):
         assert command in done("--help")
     assert "--learning-rate" in done("train", "--help")
     assert "--strict" in done("caption", "--help")
-    assert "--dataset.abo.root" in done("evaluate", "--help")
+    for field in ("--dataset.abo.root", "--num-beams", "--validation.num-beams"):
+        assert field in done("evaluate", "--help")
 
 
 def test_version_names_what_the_package_stands_on():
@@ -361,6 +369,25 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     assert "1 more bags could not be read" in out
 
 
+def test_evaluate_writes_captions_as_validation_of_the_file_says(world, tmp_path, monkeypatch):
+    asked: list[GenerationOptions] = []
+
+    def record(*arguments: Any) -> None:
+        asked.extend(argument for argument in arguments if isinstance(argument, GenerationOptions))
+
+    monkeypatch.setattr("mivpg.cli.run_evaluation", record)
+    config = world.config(tmp_path, validation={"num_beams": 2, "max_new_tokens": 96, "min_new_tokens": 8})
+    command = ("--model", world.blip2, "--out", tmp_path / "METRICS.json")
+    done("evaluate", config, *command)
+    done("evaluate", config, *command, "--num-beams", 3, "--validation.min-new-tokens", 5)
+    done("evaluate", "--dataset.bag-file.path", world.bags, *command, "--max-new-tokens", 7)
+    assert asked == [
+        GenerationOptions(num_beams=2, max_new_tokens=96, min_new_tokens=8),
+        GenerationOptions(num_beams=3, max_new_tokens=96, min_new_tokens=5),
+        GenerationOptions(max_new_tokens=7),
+    ]
+
+
 def test_extract_fills_a_store_that_train_takes(world, trained, tmp_path, caplog):
     config = world.config(tmp_path)
     model = trained[0] / "best"
@@ -442,6 +469,13 @@ def test_a_wrong_command_line(tmp_path, arguments, message):
 )
 def test_a_command_that_asks_for_nothing_that_can_be_done(tmp_path, arguments, message):
     assert message in refusal(tmp_path, *arguments)
+
+
+def test_several_processes_do_not_write_one_file(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    _, *others = commands_over(world.bags, world, tmp_path)
+    for command in others:
+        assert "split the bag file and start one process a part" in refusal(tmp_path, *command)
 
 
 def cut(path: Path) -> None:

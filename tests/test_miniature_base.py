@@ -102,6 +102,10 @@ class TestCommitted:
         ).logits
         assert torch.equal(ours, theirs)
 
+    def test_it_knows_its_prompt(self):
+        """Without one it would write the prompt itself, as a part of each caption."""
+        assert MivpgProcessor.from_pretrained(BASE_MODEL).prompt == PROMPT
+
     @torch.no_grad()
     def test_its_visual_prompts_differ(self):
         """Queries that end as one vector leave one visual prompt, and nothing for CSA to choose from."""
@@ -145,6 +149,7 @@ class TestRecipe:
         assert {f.name: digest(f) for f in first.iterdir() if f.name not in ("training_log.jsonl",)} == {
             f.name: digest(f) for f in second.iterdir() if f.name not in ("training_log.jsonl",)
         }
+        assert MivpgProcessor.from_pretrained(first).prompt == PROMPT
         other = make_base(tmp_path / "c", dataclasses.replace(TINY, seed=1))
         assert digest(other / "model.safetensors") != digest(first / "model.safetensors")
 

@@ -358,7 +358,15 @@ def test_a_table_of_which_nothing_ran_is_reported(tmp_path):
         }
         for arm in experiment.arms
     ]
-    results = {"title": "Figure 4", "seeds": [0], "rows": rows, "floors": [], "examples": [], "differences": []}
+    results = {
+        "title": "Figure 4",
+        "note": "",
+        "seeds": [0],
+        "rows": rows,
+        "floors": [],
+        "examples": [],
+        "differences": [],
+    }
     write_results(tmp_path, experiment, results)
     write_report(tmp_path / "report.html", title="T", lead="L", parts=report_parts(tmp_path, experiment, results))
     assert "data/coco does not exist" in (tmp_path / "report.html").read_text()

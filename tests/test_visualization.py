@@ -12,8 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from families import image_processor, save_blip2
-from mivpg import MivpgError, MivpgForConditionalGeneration, MivpgProcessor, image_weights
-from mivpg.visualization import AttentionMaps, as_seen, attention_maps, draw_attention
+from mivpg import (
+    MivpgError,
+    MivpgForConditionalGeneration,
+    MivpgProcessor,
+    as_seen,
+    attention_maps,
+    draw_attention,
+    image_weights,
+)
+from mivpg.visualization import AttentionMaps
 from tiny import NUM_HEADS, NUM_QUERIES, random_bags, random_coords, tiny_config, tiny_model, tiny_vit_config
 
 LENGTHS = (3, 1, 4)

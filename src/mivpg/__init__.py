@@ -15,12 +15,14 @@ _MODULES = {
     "aggregators.base": ("BagScores", "VisualPrompts"),
     "processing_mivpg": ("MivpgProcessor",),
     "bags": ("Bag", "BagCollator", "BagDataset", "BagSampler", "Sample"),
+    "datasets": ("DatasetConfig",),
+    "datasets.bag_file": ("load_bag_file",),
     "features": ("extract_features",),
-    "training": ("TrainConfig", "train"),
-    "classification": ("ClassifierConfig", "cross_validate"),
-    "captioning": ("caption_bags", "caption_file"),
+    "training": ("ModelConfig", "TrainConfig", "train"),
+    "classification": ("ClassifierConfig", "cross_validate", "load_labelled_bags"),
+    "captioning": ("GenerationOptions", "caption_bags", "caption_file"),
     "evaluation": ("evaluate_captions", "score_captions"),
-    "visualization": ("attention_maps", "draw_attention", "image_weights"),
+    "visualization": ("as_seen", "attention_maps", "draw_attention", "image_weights"),
     "errors": ("BagError", "MivpgError"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -65,7 +65,7 @@ class ClassifierConfig:
     instance_correlation: InstanceCorrelation = "csa"
     """How MIVPG's instances see each other."""
     position_encoding: PositionEncoding = "none"
-    """`ppeg` makes the order of the instances matter."""
+    """`ppeg` adds where instances stand: at their coordinates, or else in their order, which then matters."""
     num_train_epochs: int = 40
     """Passes over the bags."""
     batch_size: int = 8

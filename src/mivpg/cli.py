@@ -19,6 +19,7 @@ from mivpg.errors import MivpgError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; a command imports what it needs
     from mivpg.bags import Sample
+    from mivpg.captioning import GenerationOptions
     from mivpg.modeling_mivpg import MivpgForConditionalGeneration
     from mivpg.processing_mivpg import MivpgProcessor
     from mivpg.slides import TileOptions
@@ -99,16 +100,16 @@ app.command(train_app)
 def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
     """Fine-tune on bags with captions, as a YAML file says.
 
-    mivpg train CONFIG.yaml [--resume] [--FIELD VALUE …]; a field of the file given on the command line goes before.
+    mivpg train CONFIG.yaml [--resume] [--FIELD VALUE …]; options here override the file.
     """
     from mivpg.training import TrainConfig
     from mivpg.training import train as run
 
     def start(config: Annotated[TrainConfig, Parameter(name="*")], *, resume: bool = False) -> None:
-        """Fine-tune on bags with captions, as a YAML file says; a field given here goes before the file's.
+        """Fine-tune on bags with captions, as a YAML file says; options here override the file.
 
         Args:
-            resume: Go on from the newest checkpoint in `output_dir`.
+            resume: Go on from the newest checkpoint in `output_dir`, with the same file, data and number of processes.
         """
         quiet_transformers()
         best = run(config, resume=resume)
@@ -139,7 +140,8 @@ def caption(
             with the package.
         bags: Instead of images, a bag file (JSON lines or CSV).
         out: Where the captions of a bag file go, JSON lines in the order of its bags. An interrupted run goes on there.
-        prompt: What the captions begin with; by default what the model was trained with.
+        prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt that
+            the model was trained with, else none.
         strict: Stop at a bag that cannot be read, instead of recording it and going on.
         batch_size: Bags captioned at once.
         num_beams: Captions kept at each token; 1 is the fastest.
@@ -170,6 +172,7 @@ def caption(
         print(caption_bags(loaded, processor, [bag], **generation.as_kwargs())[0])
         return
     assert out is not None
+    refuse_several_processes()
     samples = load_bag_file(bags)
     refuse_existing(out)
     loaded, processor = load(model, dtype)
@@ -194,7 +197,8 @@ app.command(extract_app)
 def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
     """Run the frozen vision model once on every image of a data set.
 
-    mivpg extract CONFIG.yaml --model DIR --out DIR [--FIELD VALUE …]; of the file the data set is read.
+    mivpg extract CONFIG.yaml --model DIR --out DIR [--FIELD VALUE …]; of the file `dataset` is read, and options here
+    override it.
     """
     from mivpg.datasets import DatasetConfig
     from mivpg.slides import TileOptions
@@ -211,6 +215,8 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
         dtype: Dtype = "auto",
     ) -> None:
         """Run the frozen vision model once on every image of a data set.
+
+        Of the YAML file `dataset` is read; options here override it.
 
         Under `torchrun --nproc-per-node N --no-python mivpg extract …` each process does its share. An interrupted
         run goes on when it is started again.
@@ -275,7 +281,8 @@ app.command(evaluate_app)
 def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
     """Caption a split and score it, beside floors that cost nothing.
 
-    mivpg evaluate CONFIG.yaml --model DIR --out METRICS.json [--FIELD VALUE …]; of the file the data set is read.
+    mivpg evaluate CONFIG.yaml --model DIR --out METRICS.json [--FIELD VALUE …]; of the file `dataset` and `validation`
+    are read, and options here override them.
     """
     from mivpg.captioning import GenerationOptions
     from mivpg.datasets import DatasetConfig
@@ -288,32 +295,34 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
         split: Literal["train", "val", "test", "all"] = "test",
         prompt: str | None = None,
         batch_size: int = 8,
-        num_beams: int = 5,
-        max_new_tokens: int = 64,
+        validation: Annotated[GenerationOptions | None, Parameter(name=("*", "--validation"))] = None,
         dtype: Dtype = "auto",
         seed: int = 0,
         strict: bool = False,
     ) -> None:
         """Caption a split and score it, beside floors that cost nothing.
 
+        Of the YAML file `dataset` and `validation` (how captions are written) are read; options here override them.
+
         Args:
             model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
             dataset: As in the YAML file of the training run, which may be given first.
             out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending.
             split: Which bags.
-            prompt: What the captions begin with; by default what the model was trained with.
+            prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt
+                that the model was trained with, else none.
             batch_size: Bags captioned at once.
-            num_beams: Captions kept at each token; 1 is the fastest.
-            max_new_tokens: Longest caption, in tokens.
+            validation: How captions are written, as in the YAML file of the training run.
             dtype: Of the frozen models; auto is as they are stored.
             seed: Of the random floor.
             strict: Stop at a bag that cannot be read, instead of leaving it out.
         """
-        generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
+        refuse_several_processes()
         refuse_existing(out)
+        generation = validation or GenerationOptions()
         run_evaluation(model, dataset.load(), out, split, prompt, batch_size, generation, dtype, seed, strict)
 
-    parse("mivpg evaluate CONFIG.yaml", start, arguments, only=("dataset",))
+    parse("mivpg evaluate CONFIG.yaml", start, arguments, only=("dataset", "validation"))
 
 
 def run_evaluation(
@@ -323,7 +332,7 @@ def run_evaluation(
     split: str,
     prompt: str | None,
     batch_size: int,
-    generation: Any,
+    generation: "GenerationOptions",
     dtype: Dtype,
     seed: int,
     strict: bool,
@@ -376,7 +385,7 @@ app.command(classify_app)
 def classify(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)]) -> None:
     """Classify bags with one label each, in a cross-validation.
 
-    mivpg classify [CONFIG.yaml] --bags SET.npz --out DIR [--FIELD VALUE …]; a field given here goes before the file's.
+    mivpg classify [CONFIG.yaml] --bags SET.npz --out DIR [--FIELD VALUE …]; options here override the file.
     """
     from mivpg.classification import ClassifierConfig, cross_validate, load_labelled_bags
 
@@ -478,7 +487,8 @@ def reproduce(
         out: A new or empty folder, or that of an interrupted run.
         scale: `miniature` draws its own data, two hours for all; `paper` has the paper's models and data.
         seeds: How many; each draws split and training order.
-        data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`.
+        data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`, and `backbones` with the
+            weights of the CNNs of Table 1.
     """
     from mivpg.experiments.pages import as_markdown
     from mivpg.experiments.reproduce import reproduce as run
@@ -605,6 +615,14 @@ def refuse_existing(out: Path) -> None:
     """Raises before the work is done, not after."""
     if out.exists():
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
+
+
+def refuse_several_processes() -> None:
+    """Raises under `torchrun`, where every process would write the same file."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MivpgError(
+            "caption and evaluate take one process; to share the work, split the bag file and start one process a part."
+        )
 
 
 def embedded_model() -> str:

@@ -65,7 +65,8 @@ class MivpgQFormerConfig(Blip2QFormerConfig):
         it compares with; `induced` is Eq. 7 and 8 with learned points; `csa_constant` is the control for `csa`: its
         parameters, but keys and values are the learned queries, so that nothing flows between instances.
     position_encoding (`str`, *optional*, defaults to `"none"`):
-        `ppeg` adds the pyramid position encoding of TransMIL. It makes the order of a bag matter, by design.
+        `ppeg`, the pyramid position encoding of TransMIL, adds where instances stand: on the patch grid, or at their
+        coordinates. Pooled images without coordinates are placed in their order, which then matters.
     instances_carry_over (`bool`, *optional*, defaults to `True`):
         Whether a block goes on from the instances as the block before it has placed and correlated them. With `False`
         each begins again with those that left the patch pooling. The paper leaves it open.

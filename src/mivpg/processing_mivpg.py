@@ -41,7 +41,8 @@ class MivpgProcessor(ProcessorMixin):
     chat (`bool`, *optional*, defaults to `False`):
         Whether a prompt is put into the tokenizer's chat template, as a user's turn.
     prompt (`str`, *optional*, defaults to `""`):
-        What the captions of bags without a prompt of their own begin with; training sets it to its own.
+        What the model reads before it writes the caption of a bag without a prompt of its own; training sets it to its
+        own.
     """
 
     def __init__(

@@ -128,7 +128,8 @@ class ModelConfig:
     instance_correlation: InstanceCorrelation | None = None
     """How the images of a bag see each other; the paper's is `csa`."""
     position_encoding: PositionEncoding | None = None
-    """`ppeg` makes the order of the images matter."""
+    """`ppeg` adds where instances stand: on the patch grid, or at their coordinates. Pooled images without coordinates
+    are placed in their order, which then matters."""
     instances_carry_over: bool | None = None
     """Whether a block goes on from the images as the block before has correlated them, or begins again."""
     zero_init_residual: bool | None = None
@@ -140,7 +141,8 @@ class ModelConfig:
     aggregator_options: dict[str, Any] | None = None
     """Arguments of its class in `mivpg.aggregators`."""
     trainable: list[str] | None = None
-    """Names of the modules that train."""
+    """Names of what trains: qformer, query_tokens, language_projection, patch_pooling, instance_projection, aggregator,
+    classifier, which train by default; also vision_model, language_model."""
     caption_end_token_id: int | None = None
     """What ends a caption, where the language model does not write its own end-of-sequence token."""
     max_caption_tokens: int | None = None
@@ -246,9 +248,9 @@ class TrainConfig:
     best_metric: Literal["CIDEr", "BLEU@4"] = "CIDEr"
     """Decides which checkpoint becomes `best/`."""
     references: Literal["each", "random"] = "each"
-    """Of a bag with several: each makes a pair, all trained on in an epoch; or one is drawn at random in each epoch."""
+    """For bags with several captions: `each` trains on all of them every epoch; `random` draws one per epoch."""
     max_images: int | None = None
-    """In training, of a larger bag so many images, drawn anew in each epoch; captions are written from all."""
+    """Train on at most this many images of a bag, redrawn each epoch; captioning uses all."""
     augmentation: bool = False
     """Turn, mirror and recolour training images at random, as for patches of tissue; takes images, not features."""
     early_stopping_patience: int | None = None

@@ -34,7 +34,8 @@ class TransMil(BagVectorAggregator):
     Landmarks and PPEG's square depend on the order and the length of a bag, so only bags of one length are run
     together, never padded, and a shuffled bag gives another vector. The authors fill the square with copies of the
     first instances, which then take part in attention; here filling happens inside PPEG alone. Where coordinates are
-    known PPEG uses them.
+    known PPEG uses them. Tokens of an image that are not pooled go on the square in their order, the CLS token first:
+    TransMIL does not know their grid. Queries, keys and values have biases, which the authors' have not.
 
     Args:
         image_embeds_size: D.

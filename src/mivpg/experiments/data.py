@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from mivpg.baselines.backbones import Backbone, load_backbone, slide_features
-from mivpg.baselines.pretraining import PretrainingConfig, pretrain_backbone
+from mivpg.baselines.pretraining import RECORD_FILE, PretrainingConfig, pretrain_backbone
 from mivpg.baselines.training import stored_features
 from mivpg.captioning import GenerationOptions
 from mivpg.checkpoints import describe_base, locate_base
@@ -27,7 +27,7 @@ from mivpg.datasets.patch_gastric import PatchGastricConfig
 from mivpg.errors import MivpgError
 from mivpg.feature_files import read_features
 from mivpg.features import extract_features, weights_digest
-from mivpg.files import write_whole
+from mivpg.files import read_json, write_whole
 from mivpg.miniature import BASE_MODEL
 from mivpg.miniature.base import RECIPE_FILE
 from mivpg.miniature.catalogue import make_catalogue
@@ -369,6 +369,10 @@ class ExperimentData:
         )
 
     def title(self, title: str, backbone: BackboneName | None) -> str:
-        """An arm's title, which says so where its backbone has random weights."""
-        used = None if backbone is None else self.backbones.get(backbone)
-        return title if used is None or "random" not in used.description else f"{title} (random weights)"
+        """An arm's title, with what its backbone knows of patches: nothing, where its weights are random."""
+        if backbone is None or backbone not in self.backbones:
+            return title
+        if self.scale.pretraining is not None:
+            accuracy = read_json(self.out / "backbones" / backbone / RECORD_FILE)["accuracy"]["whole"]
+            return f"{title} (trained: {accuracy:.2f} of other patches right)"
+        return f"{title} (random weights)" if "random" in self.backbones[backbone].description else title

@@ -86,7 +86,8 @@ DIFFERENCE_COLUMNS = ["data", "arms", "claim", "CIDEr, 95 % interval", "margin",
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The table, the differences and what failed."""
     seeds = ", ".join(map(str, results["seeds"]))
-    lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.", ""]
+    note = f" {results['note']}" if results["note"] else ""
+    lines = [f"# {results['title']}", "", f"Seeds {seeds}; mean ± standard deviation.{note}", ""]
     lines += markdown_table(["data", "", *METRICS], table_rows(results))
     if rows := label_rows(results):
         lines += ["", LABEL_NOTE, "", *markdown_table(LABEL_COLUMNS, rows)]
@@ -156,7 +157,8 @@ def draw_curve(experiment: Experiment, results: Mapping[str, Any]) -> bytes:
 
 
 def report_parts(out: Path, experiment: Experiment, results: Mapping[str, Any]) -> list[Part]:
-    parts: list[Part] = [Table(title=experiment.title, columns=["data", "", *METRICS], rows=table_rows(results))]
+    columns = ["data", "", *METRICS]
+    parts: list[Part] = [Table(title=experiment.title, note=experiment.note, columns=columns, rows=table_rows(results))]
     bars: dict[str, dict[str, float]] = {}
     for row in results["rows"]:
         if values := row["metrics"]["CIDEr"]:

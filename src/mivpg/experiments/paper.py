@@ -82,6 +82,8 @@ class Experiment:
     name: str
     title: str
     arms: tuple[Arm, ...]
+    note: str = ""
+    """What is to be known before the table is read."""
     claims: tuple[Claim, ...] = ()
     apart: bool = False
     """Whether "all", the paper's own tables and figures, leaves it out."""
@@ -250,6 +252,7 @@ def figure4(scale: Scale) -> Experiment:
     return Experiment(
         name="figure4",
         title="Figure 4: PPEG on single pictures, over training pairs",
+        note="As in the paper, epochs are fixed, so that fewer pairs are fewer steps, too; PPEG starts at zero.",
         arms=tuple(arms),
         claims=tuple(claims),
         curve=("training pairs", {"none": "without PPEG", "ppeg": "with PPEG"}),
@@ -433,6 +436,8 @@ def aggregators(scale: Scale) -> Experiment:
     return Experiment(
         name="aggregators",
         title="Every aggregator on every data set",
+        note="Arms with a Q-Former start from the base's, which has learned with this vision and language model; all "
+        "others start from random weights. So the table says what one gets from a base, not which design is better.",
         arms=tuple(arms),
         apart=True,
         with_costs=True,

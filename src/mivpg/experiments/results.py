@@ -201,6 +201,7 @@ def results_of(
     return {
         "experiment": experiment.name,
         "title": experiment.title,
+        "note": experiment.note,
         "seeds": list(seeds),
         "rows": rows,
         "floors": floors,

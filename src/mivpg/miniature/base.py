@@ -55,7 +55,7 @@ from transformers import (
 
 from mivpg.configuration_mivpg import IMAGE_TOKEN
 from mivpg.errors import MivpgError
-from mivpg.files import write_whole
+from mivpg.files import read_json, write_whole
 from mivpg.miniature import biopsies, scenes
 from mivpg.miniature import product_lessons as products
 from mivpg.miniature.lessons import IMAGE_SIZE, PictureLesson, TextLesson
@@ -450,6 +450,8 @@ def train(
         setattr(model.config.qformer_config, dropout, 0.1)
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    stored = out / "processor_config.json"  # where MivpgProcessor looks for the prompt; BLIP-2's does not know one
+    write_whole(stored, json.dumps(read_json(stored) | {"prompt": PROMPT}, indent=2) + "\n")
     (out / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log))
     write_whole(out / RECIPE_FILE, json.dumps(_describe(out, recipe, figures), indent=2) + "\n")
     state_file.unlink(missing_ok=True)
