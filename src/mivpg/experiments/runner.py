@@ -237,13 +237,13 @@ def step_cost(
     device = model.device
     seconds, marks = [], []
     model.train()
-    for number in range(NUM_TIMED_STEPS):
-        batch = collate([dataset[index] for index in order[number * batch_size : (number + 1) * batch_size]])
+    for start in range(0, len(order), batch_size)[:NUM_TIMED_STEPS]:
+        batch = collate([dataset[index] for index in order[start : start + batch_size]])
         batch = {name: value.to(device) for name, value in batch.items()}
         marks.append((batch["input_ids"] == model.config.image_token_index).sum(dim=1).float().mean().item())
         of_batch = []
         for _ in range(2):
-            start = time.perf_counter()
+            began = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 loss = model(**batch).loss
             loss.backward()
@@ -251,7 +251,7 @@ def step_cost(
             optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            of_batch.append(time.perf_counter() - start)
+            of_batch.append(time.perf_counter() - began)
         seconds.append(min(of_batch))
     model.eval()
     if device.type == "cuda":
