@@ -143,8 +143,7 @@ def draw_costs(costs: Mapping[str, Any]) -> bytes:
         added.bar_label(bars, [f"{width:,.0f}" if width else "" for width in widths], padding=3, fontsize="small")
     added.set_yticks(range(len(arms)), [arm["title"] for arm in arms])
     added.set(xscale="log", xlabel="multiply-adds, in millions", title="An image more")
-    added.set_xlim(left=1)
-    added.margins(x=0.15)
+    added.set_xlim(1, 4 * max(max(arm["parts"].values()) for arm in arms) / 1e6)  # with room for the number
     added.invert_yaxis()
     added.legend(fontsize="small")
     png = io.BytesIO()
