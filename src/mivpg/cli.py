@@ -485,7 +485,7 @@ def reproduce(
             aggregator on every data set; readings, what the paper leaves open, both ways; or, by itself, digits: bags
             of real handwritten digits classified by each, half an hour.
         out: A new or empty folder, or that of an interrupted run.
-        scale: `miniature` draws its own data, two hours for all; `paper` has the paper's models and data.
+        scale: `miniature` draws its own data, about 100 minutes for all; `paper` has the paper's models and data.
         seeds: How many; each draws split and training order.
         data_root: For the paper's scale, the folder with `abo`, `patch_gastric` and `coco`, and `backbones` with the
             weights of the CNNs of Table 1.

@@ -374,5 +374,5 @@ class ExperimentData:
             return title
         if self.scale.pretraining is not None:
             accuracy = read_json(self.out / "backbones" / backbone / RECORD_FILE)["accuracy"]["whole"]
-            return f"{title} (trained: {accuracy:.2f} of other patches right)"
+            return f"{title} ({accuracy:.2f} of patches right)"
         return f"{title} (random weights)" if "random" in self.backbones[backbone].description else title
