@@ -180,8 +180,8 @@ def expected_set_transformer(weights: Weights, bag: np.ndarray) -> np.ndarray:
         gathered = attention_block(weights, f"{block}.gather", list(weights[f"{block}.points"][0]), states)
         states = attention_block(weights, f"{block}.spread", states, gathered)
     states = attention_block(weights, "pool", list(weights["seeds"][0]), states)
-    for block in ("decoder.0", "decoder.1"):
-        if f"{block}.query.weight" in weights:
+    if len(states) > 1:
+        for block in ("decoder.0", "decoder.1"):
             states = attention_block(weights, block, states, states)
     return np.array(states)
 
