@@ -53,7 +53,12 @@ class Run:
     @property
     def is_done(self) -> bool:
         """Whether all captions are there, which come after everything else, and were made of this."""
-        return all(file.exists() for file in self.captions) and self._record() == self.made_of
+        return self.is_captioned and self._record() == self.made_of
+
+    @property
+    def is_captioned(self) -> bool:
+        """Whether all captions are there, whatever they were made of."""
+        return all(file.exists() for file in self.captions)
 
     @property
     def record_file(self) -> Path:
@@ -108,7 +113,12 @@ class FineTuning(Run):
     @property
     def is_done(self) -> bool:
         """Also whether its cost is measured, where that is asked for."""
-        return super().is_done and (not self.measures_cost or cost_file(next(iter(self.captions))).exists())
+        return super().is_done and (not self.measures_cost or self.cost_file.exists())
+
+    @property
+    def cost_file(self) -> Path:
+        """Where it says what a training step costs."""
+        return cost_file(next(iter(self.captions)))
 
     @property
     def num_logged_steps(self) -> int:
@@ -122,7 +132,7 @@ class FineTuning(Run):
         """Says what a step costs, if that is asked for; trains, if it trains; captions."""
         if self.measures_cost and self.training is not None:
             self.measure_cost(self.training)  # first, so that memory is that of these steps
-        if all(file.exists() for file in self.captions):
+        if self.is_captioned:
             return
         if self.training is None:
             model, processor = self.model.load()
@@ -135,14 +145,13 @@ class FineTuning(Run):
 
     def measure_cost(self, training: TrainConfig) -> None:
         """Writes what a training step costs, where it is not there yet."""
-        file = cost_file(next(iter(self.captions)))
-        if file.exists():
+        if self.cost_file.exists():
             return
         model, processor = self.model.load()
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         samples = select(training.dataset.load(), "train")
         cost = step_cost(model, processor, samples, batch_size=training.batch_size, bf16=training.bf16)
-        write_whole(file, json.dumps(cost) + "\n")
+        write_whole(self.cost_file, json.dumps(cost) + "\n")
 
     def caption(self, model: MivpgForConditionalGeneration, processor: MivpgProcessor, file: Path) -> None:
         """Writes one of `captions`, where it is not there yet."""
