@@ -207,6 +207,17 @@ def test_every_aggregator_is_in_the_table():
         assert len({arm.name for arm in arms}) == len(arms)
         names = {arm.model.get("aggregator") for arm in arms}
         assert AGGREGATORS.keys() - names == ({"pooled_projection"} if name == "slides" else set())
+        assert {arm.num_pairs for arm in arms} == {2000 if name == "scenes" else None}
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_arms_of_one_name_are_the_same_run(scale):
+    known = {}
+    for experiment in experiments(scale).values():
+        for arm in experiment.arms:
+            arm = dataclasses.replace(arm, title="", model=dict(arm.model))
+            assert known.setdefault((arm.data, arm.name), arm) == arm, experiment.name
+    assert ("scenes", "none_2000" if scale is MINIATURE else "none_560000") in known
 
 
 def test_a_random_backbone_is_called_random(whole):

@@ -387,8 +387,12 @@ def figure8(scale: Scale) -> Experiment:
 
 
 def aggregators(scale: Scale) -> Experiment:
-    """What goes past the paper: every aggregator in MIVPG's place, on all three data sets."""
+    """What goes past the paper: every aggregator in MIVPG's place, on all three data sets.
+
+    Of scenes they have as many pairs as Figure 4 has at most.
+    """
     arms: list[Arm] = []
+    num_scenes = max(scale.subset_sizes)
     of_mivpg: dict[DataName, tuple[Arm, ...]] = {
         "products": (
             Arm(name="patch_concatenation", title="Q-Former, concatenation", data="products", model=Q_FORMER),
@@ -397,8 +401,8 @@ def aggregators(scale: Scale) -> Experiment:
         ),
         "slides": (SLIDE_WITHOUT_CSA, SLIDE_CSA),
         "scenes": (
-            Arm(name="qformer", title="Q-Former", data="scenes", model=Q_FORMER),
-            Arm(name="ppeg", title="MIVPG, PPEG", data="scenes", model=Q_FORMER | {"position_encoding": "ppeg"}),
+            replace(_scenes("none", num_scenes), title="Q-Former"),
+            replace(_scenes("ppeg", num_scenes), title="MIVPG, PPEG"),
         ),
     }
     for data, own in of_mivpg.items():
@@ -442,6 +446,7 @@ def aggregators(scale: Scale) -> Experiment:
                 "patch_pooling": patch_pooling,
             }
             arms.append(Arm(name=name, title=title, data=data, model=model))
+    arms = [replace(arm, num_pairs=num_scenes) if arm.data == "scenes" else arm for arm in arms]
     return Experiment(
         name="aggregators",
         title="Every aggregator on every data set",
