@@ -6,7 +6,7 @@ A process each, so that the peak of one does not hide that of another: an optimi
 MIVPG with CSA, D = 1408, over a small language model, so that what is measured is MIVPG. `--gradient-checkpointing`
 computes blocks anew in the backward pass, as that option of a training run does; `--score` measures visual prompts
 alone, as for a caption. With PPEG the instances lie on a round piece of a lattice, as tissue does, in true coordinates.
-Prints Markdown.
+Runs on the GPU where there is one; memory is then that of the device. Prints Markdown.
 """
 
 import argparse
@@ -75,11 +75,12 @@ def measure(
 ) -> dict[str, float]:
     """Seconds a step and the peak of this process in GB, what it holds before included."""
     torch.manual_seed(0)
-    model = make_model(position_encoding)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = make_model(position_encoding).to(device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    batch = make_batch(num_instances)
+    batch = {name: value.to(device) for name, value in make_batch(num_instances).items()}
     seconds = []
     for _ in range(NUM_STEPS):
         start = time.perf_counter()
@@ -90,8 +91,12 @@ def measure(
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
     return {"seconds": min(seconds), "slowest": max(seconds), "peak": peak}
 
 
@@ -118,7 +123,7 @@ def main() -> None:
         options += ["--gradient-checkpointing"] * arguments.gradient_checkpointing + ["--score"] * arguments.score
         run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
         found = json.loads(run.stdout.splitlines()[-1])
-        print(f"| {number:,} | {found['seconds']:.2f} | {found['slowest']:.2f} | {found['peak']:.1f} |", flush=True)
+        print(f"| {number:,} | {found['seconds']:.3g} | {found['slowest']:.3g} | {found['peak']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
