@@ -3,7 +3,7 @@ export PYTHON ?= python3
 
 DEMO ?= runs/demo
 
-.PHONY: help install demo check format test test-all clean
+.PHONY: help install demo check format test test-all test-gpu clean
 
 help:
 	@echo "make install   .venv with the package and its development tools"
@@ -11,6 +11,7 @@ help:
 	@echo "make check     formatting, lint and types"
 	@echo "make test      the tests (under 8 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
+	@echo "make test-gpu  those that need a GPU"
 	@echo "make format    formatting and what lint can mend"
 
 install:
@@ -31,6 +32,9 @@ test: install
 
 test-all: install
 	bash .ci/test "not gpu"
+
+test-gpu: install
+	bash .ci/test gpu
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

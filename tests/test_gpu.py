@@ -32,6 +32,7 @@ from tiny import (
     POSITION_ENCODINGS,
     random_bags,
     random_coords,
+    randomize_added_weights,
     tiny_config,
     tiny_model,
 )
@@ -193,7 +194,7 @@ def test_half_precision_and_a_device_map(tmp_path):
     model = MivpgForConditionalGeneration.from_pretrained(
         folder, dtype="bfloat16", device_map="auto", patch_pooling="abmil"
     )
-    drawn(model)
+    randomize_added_weights(model)
     dtypes = {part: {p.dtype for p in getattr(model, part).parameters()} for part in ("vision_model", "qformer")}
     assert dtypes == {"vision_model": {torch.bfloat16}, "qformer": {torch.float32}}
     assert {p.device.type for p in model.parameters()} == {"cuda"}
