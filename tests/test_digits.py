@@ -8,9 +8,9 @@ import pytest
 
 from mivpg.errors import MivpgError
 from mivpg.experiments import digits
-from mivpg.experiments.digits import ARMS, TARGET, DigitsConfig, make_bags, run_digits, split_digits
+from mivpg.experiments.digits import ARMS, TARGET, DigitsConfig, encode, make_bags, run_digits, split_digits
 
-SMALL = DigitsConfig(num_train_bags=(8, 16), num_test_bags=20, num_seeds=2, num_steps=4)
+SMALL = DigitsConfig(num_train_bags=(8, 16), num_test_bags=20, num_seeds=2, num_steps={"contains": 4, "repeats": 4})
 
 
 def shown(bag, of_train) -> list[int]:
@@ -50,6 +50,15 @@ def test_no_digit_is_in_training_and_test():
             np.unique(test[0], axis=0)
         )
     assert not np.array_equal(split_digits(0)[1][1], split_digits(1)[1][1])
+
+
+def test_the_encoder_reads_test_digits_and_learns_from_training_digits_alone():
+    (train, labels), (test, test_labels) = split_digits(0)
+    rows = encode(train, labels, test, seed=0)
+    assert rows.shape == (len(test), 10)
+    assert 0.95 < (rows.argmax(axis=1) == test_labels).mean() < 1
+    assert np.array_equal(encode(train, labels, test[:7], seed=0), rows[:7])  # whatever else is encoded
+    assert np.allclose(encode(train, labels, train, seed=0).mean(axis=0), 0)
 
 
 def test_the_experiment(tmp_path, monkeypatch, capsys):
