@@ -1,17 +1,18 @@
 """Bags of real handwritten digits (scikit-learn's, 8 x 8 pixels), classified by every aggregator.
 
     contains    a bag of 10 ± 2 digits is positive when it holds a 9 (after Ilse et al. 2018)
-    repeats     a bag of 5 ± 1 digits is positive when two of them are the same, so that instances must see each other
+    repeats     a bag of 5 ± 1 digits is positive when two of them are the same: to be told by comparing instances, or
+                by counting how many of each digit there are; no instance says it alone
 
-The first is asked of pixels. The second is asked of what a frozen encoder says of each image, its probabilities of the
-ten digits: from pixels no aggregator learns it with hundreds of bags, and the question is whether instances see each
-other, not whether digits can be read from labels of bags.
+The first is asked of pixels. The second is asked of what a frozen encoder says of each image: from pixels hardly any
+aggregator learns it with hundreds of bags, and the question is not whether digits can be read from labels of bags.
 
 Half of the bags are positive. Training bags and test bags are drawn from different digits, and the encoder has seen
 those of training alone. Every aggregator has the same bags, optimizer, rate and number of steps.
 """
 
 import csv
+import functools
 import io
 import json
 import multiprocessing
@@ -25,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from mivpg.classification import ClassifierConfig, make_classifier, predict, score_predictions, train_classifier
@@ -166,14 +168,22 @@ def split_digits(seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.nda
     return (digits[train], labels[train]), (digits[test], labels[test])
 
 
-def encode(train: np.ndarray, labels: np.ndarray, digits: np.ndarray, seed: int) -> np.ndarray:
-    """What a small network that has learned these training digits says of `digits`: (n, 10), standardised."""
+@functools.cache
+def encode_digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a small network that has learned the training digits of `split_digits` says of them, and of the others.
+
+    Its probabilities of the ten digits, standardised, and turned into as many numbers as an image has pixels, so that
+    no aggregator works in a narrower space here: (n, 64) each, of variance 1.
+    """
     from sklearn.neural_network import MLPClassifier
     from sklearn.preprocessing import StandardScaler
 
+    (train, labels), (test, _) = split_digits(seed)
     encoder = MLPClassifier((64,), max_iter=300, random_state=seed).fit(train, labels)
     scaler = StandardScaler().fit(encoder.predict_proba(train))
-    return scaler.transform(encoder.predict_proba(digits))
+    frame = np.linalg.qr(np.random.default_rng(seed).normal(size=(64, 10)))[0].T * np.sqrt(6.4)  # orthogonal rows
+    encoded_train, encoded_test = (scaler.transform(encoder.predict_proba(rows)) @ frame for rows in (train, test))
+    return encoded_train, encoded_test
 
 
 def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
@@ -234,6 +244,7 @@ def _file(out: Path, arm: DigitArm, task: Task, number: int, seed: int) -> Path:
 def _start_process() -> None:
     """One thread each; Ctrl-C is the parent's."""
     torch.set_num_threads(1)
+    threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -250,9 +261,7 @@ def _run_job(job: tuple[Path, DigitsConfig, DigitArm, Task, int, int]) -> str | 
 def _classify(out: Path, config: DigitsConfig, arm: DigitArm, task: Task, number: int, seed: int) -> None:
     (train_digits, train_labels), (test_digits, test_labels) = split_digits(seed)
     if task == "repeats":
-        train_digits, test_digits = (
-            encode(train_digits, train_labels, digits, seed) for digits in (train_digits, test_digits)
-        )
+        train_digits, test_digits = encode_digits(seed)
     train = make_bags(task, train_digits, train_labels, number, seed)
     test = make_bags(task, test_digits, test_labels, config.num_test_bags, seed + 1000)
     classifier = ClassifierConfig(
@@ -262,7 +271,7 @@ def _classify(out: Path, config: DigitsConfig, arm: DigitArm, task: Task, number
         seed=seed,
         **arm.options,
     )
-    model = make_classifier(classifier, width=train_digits.shape[1], num_labels=2)
+    model = make_classifier(classifier, width=64, num_labels=2)
     train_classifier(model, train, classifier)
     scores = score_predictions(test, predict(model, test, batch_size=100, with_instances=True))
     write_whole(_file(out, arm, task, number, seed), json.dumps(scores) + "\n")
