@@ -49,6 +49,10 @@ def make_model(position_encoding: str) -> MivpgForConditionalGeneration:
         patch_pooling="cls",
     )
     model = MivpgForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # what starts as the identity
+                parameter.normal_(0.0, 0.02)
     model.freeze()
     return model.train()
 

@@ -30,9 +30,16 @@ READINGS = {
 
 def load(language: str, **options: Any) -> MivpgForConditionalGeneration:
     """The model on the GPU, as `from_pretrained(…, dtype="bfloat16")` would have it."""
-    blip2 = Blip2Config(text_config=LANGUAGE_MODELS[language].to_dict(), image_token_index=IMAGE_TOKEN_ID)
-    with DEVICE:
+    blip2 = Blip2Config(
+        vision_config={"initializer_range": 0.02},
+        text_config=LANGUAGE_MODELS[language].to_dict(),
+        image_token_index=IMAGE_TOKEN_ID,
+    )
+    with DEVICE, torch.no_grad():
         model = MivpgForConditionalGeneration(MivpgConfig.from_blip2(blip2, **options))
+        for parameter in model.parameters():
+            if not parameter.any():  # what starts as the identity
+                parameter.normal_(0.0, 0.02)
     model.vision_model.to(torch.bfloat16)
     model.language_model.to(torch.bfloat16)
     model.freeze()
