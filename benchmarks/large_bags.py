@@ -98,7 +98,7 @@ def measure(
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts KiB
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 1e9
     return {"seconds": min(seconds), "slowest": max(seconds), "peak": peak}

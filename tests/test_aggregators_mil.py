@@ -712,7 +712,13 @@ def test_wrong_coordinates(coords: list, num_tokens: int, message: str) -> None:
 
 
 WRONG_OPTIONS = {
-    "layer_sizes": [lambda: EmbeddingPooling(4, layer_sizes=()), lambda: EmbeddingPooling(4, layer_sizes=(8, 0))],
+    "layer_sizes": [
+        lambda: EmbeddingPooling(4, layer_sizes=()),
+        lambda: EmbeddingPooling(4, layer_sizes=(8, 0)),
+        lambda: EmbeddingPooling(4, layer_sizes=256),
+        lambda: EmbeddingPooling(4, layer_sizes=[256, 2.5]),
+        lambda: EmbeddingPooling(4, layer_sizes="256"),
+    ],
     "layer_size": [lambda: DeepSets(4, layer_size=0)],
     "embed_size": [lambda: AttentionMil(4, embed_size=0)],
     "size": [lambda: SetTransformer(4, size=0), lambda: TransMil(4, size=0)],

@@ -83,6 +83,14 @@ def test_csv_and_json_lines_say_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bags.jsonl", "bags.csv"])
+def test_an_empty_label_or_group_is_none(tmp_path, name):
+    text = "id,label,group\na,,\n" if name.endswith("csv") else '{"id": "a", "label": "", "group": ""}\n'
+    (tmp_path / name).write_text(text)
+    (sample,) = load_bag_file(tmp_path / name)
+    assert sample.label is None and sample.group is None
+
+
+@pytest.mark.parametrize("name", ["bags.jsonl", "bags.csv"])
 def test_what_windows_programs_write(tmp_path, name):
     """A byte order mark and carriage returns."""
     text = (

@@ -15,8 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from families import save_blip2
+from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.bags import BagDataset, Sample
 from mivpg.captioning import (
+    MODEL_OPTIONS,
     CaptionCounts,
     GenerationOptions,
     _read_ahead,
@@ -25,6 +28,7 @@ from mivpg.captioning import (
     caption_samples,
     read_captions,
 )
+from mivpg.configuration_mivpg import MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import BagError, MivpgError
 
 GREEDY = GenerationOptions(num_beams=1, max_new_tokens=7)
@@ -54,7 +58,14 @@ class FakeModel(torch.nn.Module):
 
     def __init__(self, is_encoder_decoder=False, seconds=0.0):
         super().__init__()
-        self.config = SimpleNamespace(is_encoder_decoder=is_encoder_decoder, image_embeds_size=3, base=None)
+        options = {name: getattr(MivpgConfig, name) for name in MODEL_OPTIONS}
+        self.config = SimpleNamespace(
+            is_encoder_decoder=is_encoder_decoder,
+            image_embeds_size=3,
+            base=None,
+            qformer_config=MivpgQFormerConfig(),
+            **options,
+        )
         self.weights = "those of the first model"
         self.seconds = seconds
         self.num_captioned = 0
@@ -97,7 +108,7 @@ class Killed(Exception):
     pass
 
 
-def interrupted(samples, out, num_lines: int, torn: bytes = b"", **options) -> None:
+def interrupted(samples, out, num_lines: int, torn: bytes = b"", model: FakeModel | None = None, **options) -> None:
     """Leaves what a run that was killed leaves: so many of the lines that it would have written, and a piece of one."""
     unbroken = out.with_name("unbroken-" + out.name)
     write_captions(samples, unbroken, **options)
@@ -108,8 +119,11 @@ def interrupted(samples, out, num_lines: int, torn: bytes = b"", **options) -> N
         def generate(self, **inputs):
             raise Killed
 
+    killed = KilledModel()
+    if model is not None:
+        killed.config = model.config
     with pytest.raises(Killed):
-        write_captions(samples, out, KilledModel(), **options)
+        write_captions(samples, out, killed, **options)
     out.with_name(out.name + ".partial").write_bytes(b"".join(lines[:num_lines]) + torn)
 
 
@@ -248,6 +262,13 @@ def with_another_base() -> FakeModel:
     return model
 
 
+def with_options(**options) -> FakeModel:
+    model = FakeModel()
+    for name, value in options.items():
+        setattr(model.config if name in MODEL_OPTIONS else model.config.qformer_config, name, value)
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -255,6 +276,13 @@ def with_another_base() -> FakeModel:
         (FakeModel(), {"generation": GenerationOptions(num_beams=1)}, "max_new_tokens = 7, and 64 is asked for"),
         (with_other_weights(), {}, "trained_weights = 'those of the first model', and 'others' is asked for"),
         (with_another_base(), {}, "base = None, and "),
+        (with_options(patch_pooling="mean"), {}, "patch_pooling = 'none', and 'mean' is asked for"),
+        (with_options(aggregator="qformer_per_image"), {}, "aggregator = 'mivpg', and 'qformer_per_image' is asked"),
+        (with_options(aggregator_options={"layer_sizes": (8, 4)}), {}, "aggregator_options = None, and {"),
+        (with_options(pool_include_prefix=False), {}, "pool_include_prefix = True, and False is asked for"),
+        (with_options(image_size=364), {}, "image_size = None, and 364 is asked for"),
+        (with_options(instances_carry_over=False), {}, "instances_carry_over = True, and False is asked for"),
+        (with_options(num_landmarks=8), {}, "num_landmarks = 256, and 8 is asked for"),
     ],
 )
 def test_partial_file_by_another_author(tmp_path, model, options, message):
@@ -279,8 +307,43 @@ def test_partial_file_by_nobody_knows_whom(tmp_path):
     for content in (b"", b'{"prompt": "a pho', None):
         author = tmp_path / "out.jsonl.partial.json"
         author.unlink() if content is None else author.write_bytes(content)
-        with pytest.raises(MivpgError, match="was begun with prompt = None"):
+        with pytest.raises(MivpgError, match="was begun with an unknown prompt, which "):
             write_captions(samples, tmp_path / "out.jsonl")
+
+
+def test_partial_file_by_an_earlier_version(tmp_path):
+    """It did not note the options of the model, so they may have been others."""
+    samples = write_samples(tmp_path, 10)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
+    author = tmp_path / "out.jsonl.partial.json"
+    noted = json.loads(author.read_text())
+    author.write_text(json.dumps({name: noted[name] for name in noted if name not in MODEL_OPTIONS}))
+    with pytest.raises(MivpgError, match=r"an unknown aggregator, which .*partial\.json does not tell .*: delete it"):
+        write_captions(samples, tmp_path / "out.jsonl")
+
+
+def test_options_that_are_tuples_are_the_lists_that_are_read_back(tmp_path):
+    samples, options = write_samples(tmp_path, 10), {"layer_sizes": (8, 4)}
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8, model=with_options(aggregator_options=options))
+    model = with_options(aggregator_options=options)
+    assert write_captions(samples, tmp_path / "out.jsonl", model) == counts(10, num_resumed=8)
+
+
+def test_a_kill_while_the_author_is_noted_leaves_the_old_note(tmp_path, monkeypatch):
+    samples = write_samples(tmp_path, 10)
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
+
+    def killed(self, content):
+        with self.open("wb") as file:
+            file.write(b"{")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
+        with pytest.raises(Killed):
+            write_captions(samples, tmp_path / "out.jsonl")
+    assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_resumed=8)
 
 
 def test_a_smaller_batch_goes_on(tmp_path):
@@ -355,6 +418,27 @@ def test_bags_that_do_not_fit_together_are_captioned_alone(tmp_path):
     results = dict(caption_samples(FakeModel(), FakeProcessor(), samples, generation=GREEDY))
     assert str(results.pop("2")) == "bag '2': features are 5 wide, the model takes 3."
     assert results == {"0": "0 2 0 1 7", "1": "1 2 0 1 7", "3": "3 1 0 1 7"}
+
+
+def test_bags_whose_places_are_no_lattice_are_named_and_passed_over(tmp_path):
+    folder = save_blip2(tmp_path / "blip2")
+    model = MivpgForConditionalGeneration.from_pretrained(folder, patch_pooling="cls", position_encoding="ppeg")
+    places = {
+        "good": ((0, 0), (1, 0), (3, 0)),
+        "askew": ((0, 0), (1, 0), (2.5, 0)),
+        "twice": ((0, 0), (1, 0), (1, 0)),
+        "also good": ((5, 5), (5, 6), (6, 5)),
+    }
+    (photo,) = write_samples(tmp_path, 1)[0].images
+    samples = [Sample(id=name, images=(photo,) * 3, image_coords=coords) for name, coords in places.items()]
+    processor = MivpgProcessor.from_pretrained(folder)
+    counted = caption_file(model, processor, samples, tmp_path / "out.jsonl", generation=GREEDY)
+    assert counted == counts(4, num_failed=2)
+    lines = {line["id"]: line for line in lines_of(tmp_path / "out.jsonl")}
+    assert list(lines) == list(places)
+    assert lines["askew"]["error"].startswith("bag 'askew': image_coords are no regular lattice on the x axis")
+    assert lines["twice"]["error"].startswith("bag 'twice': Two images of a bag stand at the same image_coords")
+    assert "caption" in lines["good"] and "caption" in lines["also good"]
 
 
 def test_images_are_read_ahead_but_not_far(tmp_path):

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import re
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mivpg import MivpgForBagClassification
+from mivpg import MivpgForBagClassification, classification
 from mivpg.aggregators.named import AGGREGATORS, SCORING_AGGREGATORS
 from mivpg.classification import (
+    DEFAULT_QFORMER,
     ClassifierConfig,
     Prediction,
     collate,
@@ -24,7 +28,8 @@ from mivpg.classification import (
 from mivpg.cli import main
 from mivpg.configuration_mivpg import Q_FORMERS
 from mivpg.datasets.bag_set import BagSet, LabelledBag
-from mivpg.errors import MivpgError
+from mivpg.errors import BagError, MivpgError
+from mivpg.experiments.digits import QFORMER as DIGITS_QFORMER
 from mivpg.modeling_mivpg import class_probabilities
 
 WIDTH = 6
@@ -117,6 +122,37 @@ def test_instances_are_scored_as_bags_of_one():
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_linear_projection_scores_every_token_by_its_own_prompt():
+    """Whole images go in, as it takes no others; the scores of the tokens have the score of the bag as their mean."""
+    generator = torch.Generator().manual_seed(0)
+    bags = [
+        LabelledBag(id=str(number), instances=torch.randn(number, 3, WIDTH, generator=generator), label=0)
+        for number in (2, 4)
+    ]
+    model = make_classifier(config_of("linear_projection", num_query_tokens=3), width=WIDTH, num_labels=2).eval()
+    with torch.no_grad():
+        batch = collate(bags, model.device)
+        scores, logits = model.score_instances(**batch), model(**batch).logits
+        for index, bag in enumerate(bags):
+            expected = model.classifier(model.aggregator.projection(bag.instances.flatten(0, 1)))
+            torch.testing.assert_close(scores[index, : len(expected)], expected)
+            torch.testing.assert_close(scores[index, : len(expected)].mean(dim=0), logits[index])
+            assert not scores[index, len(expected) :].any()
+    predictions = predict(model, bags, with_instances=True)
+    assert [len(prediction.instance_scores) for prediction in predictions] == [6, 12]
+
+
+def test_instances_are_scored_a_few_thousand_at_a_time():
+    embeds = torch.randn(1, 5000, 1, WIDTH, generator=torch.Generator().manual_seed(0))
+    model = make_classifier(config_of("abmil"), width=WIDTH, num_labels=2).eval()
+    sizes = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        scores = model.score_instances(embeds)
+        assert len(sizes) > 1 and max(sizes) < 5000 and sum(sizes) == 5000
+        torch.testing.assert_close(scores[0], model(embeds[0][:, None]).logits)
+
+
 def test_binary_loss_and_probabilities_are_those_of_a_logit():
     logits = torch.tensor([[0.3], [-1.2]])
     expected = torch.sigmoid(logits[:, 0])
@@ -198,6 +234,23 @@ class TestCrossValidation:
         assert results["mean"]["accuracy"] == pytest.approx(np.mean(accuracies))
         assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
 
+    def test_a_test_has_batches_of_the_same_size(self, bag_set, tmp_path, monkeypatch):
+        sizes = []
+
+        def counted(bags, device):
+            sizes.append(len(bags))
+            return collate(bags, device)
+
+        monkeypatch.setattr(classification, "collate", counted)
+        cross_validate(bag_set, config_of("mean", num_folds=2, batch_size=3), tmp_path / "out")
+        assert max(sizes) == 3
+
+    def test_folds_are_made_without_a_warning(self, bag_set):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            folds = split_into_folds(bag_set.bags, config_of("mean", num_folds=4))
+        assert sorted(index for _, test in folds for index in test) == list(range(20))
+
     def test_given_folds_are_kept(self, bag_set):
         bags = [dataclasses.replace(bag, fold=index % 3) for index, bag in enumerate(bag_set.bags)]
         folds = split_into_folds(bags, config_of("abmil"))
@@ -241,6 +294,17 @@ class TestCrossValidation:
         assert not (tmp_path / "out").exists()
 
 
+def write_bags(path: Path, *records: dict) -> Path:
+    """A bag file whose `features`, arrays here, are files beside it; every second bag is a yes."""
+    lines = []
+    for index, record in enumerate(records):
+        np.save(path.with_name(f"{index}.npy"), record["features"])
+        line = {"id": f"b{index}", "label": ["no", "yes"][index % 2], **record, "features": f"{index}.npy"}
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
 class TestFiles:
     def test_a_bag_file_with_labels(self, tmp_path):
         bags = bags_of(4)
@@ -259,6 +323,45 @@ class TestFiles:
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
         with pytest.raises(MivpgError, match="'b2' has no label"):
             load_labelled_bags(file)
+
+    def test_coordinates_of_a_bag_file_are_read(self, tmp_path):
+        features = np.zeros((2, WIDTH), dtype=np.float32)
+        file = write_bags(
+            tmp_path / "bags.jsonl",
+            {"features": features, "coords": [[0, 0], [0, 1.5]]},
+            {"features": features, "coords": [[3, 0], [0, 0]]},
+        )
+        coords = [bag.coords for bag in load_labelled_bags(file).bags]
+        assert [of_bag.tolist() for of_bag in coords] == [[[0, 0], [0, 1.5]], [[3, 0], [0, 0]]]
+        assert all(of_bag.dtype == torch.float32 for of_bag in coords)
+        write_bags(file, {"features": features, "coords": [[0, 0]]})
+        with pytest.raises(BagError, match="bag 'b0': 2 images and 1 coordinates, expected as many"):
+            load_labelled_bags(file)
+
+    @pytest.mark.parametrize(
+        ("other", "kind"),
+        [
+            ({"features": np.zeros((3, 1, WIDTH + 1), dtype=np.float32)}, "features (N, 1, 7) without coordinates"),
+            ({"features": np.zeros((3, 2, WIDTH), dtype=np.float32)}, "features (N, 2, 6) without coordinates"),
+            (
+                {"features": np.zeros((1, WIDTH), dtype=np.float32), "coords": [[0, 0]]},
+                "features (N, 1, 6) with coordinates",
+            ),
+        ],
+    )
+    def test_bags_that_differ_are_found_before_training(self, tmp_path, other, kind):
+        features = np.zeros((2, WIDTH), dtype=np.float32)
+        file = write_bags(tmp_path / "bags.jsonl", {"features": features}, {"features": features}, other)
+        message = f"{file}: bag 'b0' has features (N, 1, 6) without coordinates and bag 'b2' has {kind}, expected all"
+        with pytest.raises(BagError, match=re.escape(message)):
+            load_labelled_bags(file)
+
+    def test_endings(self, tmp_path):
+        with (tmp_path / "set.NPZ").open("wb") as file:
+            np.savez(file, x=np.zeros((2, WIDTH)), bag=np.arange(2), y=np.arange(2))
+        assert len(load_labelled_bags(tmp_path / "set.NPZ").bags) == 2
+        with pytest.raises(MivpgError, match=r"ends in '\.txt', expected a bag set, \.npz, or a bag file, \.jsonl or"):
+            load_labelled_bags(tmp_path / "set.txt")
 
     def test_the_command(self, tmp_path, capsys):
         bags = bags_of(12)
@@ -310,6 +413,42 @@ def test_coordinates_reach_the_model():
         torch.nn.init.normal_(layer.position_encoding.convolutions[0].weight)
     moved = [dataclasses.replace(bag, coords=bag.coords.flip(0)) for bag in bags]
     assert predict(model, bags) != predict(model, moved)
+
+
+def test_coordinates_of_some_bags_alone():
+    bags = bags_of(3)
+    bags[1] = dataclasses.replace(bags[1], coords=torch.zeros(len(bags[1].instances), 2))
+    with pytest.raises(BagError, match="bag 'b1' has coordinates and bag 'b0' has none, expected all bags alike"):
+        collate(bags, torch.device("cpu"))
+
+
+def test_sizes_that_are_not_given_keep_their_defaults():
+    model = make_classifier(ClassifierConfig(qformer={"hidden_size": 64}), width=WIDTH, num_labels=2)
+    config = model.config.qformer_config
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (64, 4, 6)
+    assert (config.intermediate_size, config.initializer_range) == (256, 0.05)
+    assert DEFAULT_QFORMER["hidden_size"] == 128
+    assert {**DEFAULT_QFORMER, **DIGITS_QFORMER} == DIGITS_QFORMER  # which gives all, so it is what it was
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregator": "abmill"}, "'aggregator' expected one of .*'abmil', .* got abmill"),
+        ({"patch_pooling": "median"}, "'patch_pooling' expected one of .*, got median"),
+        ({"instance_correlation": "cca"}, "'instance_correlation' expected one of .*, got cca"),
+    ],
+)
+def test_choices_that_there_are_not(options, message):
+    with pytest.raises(MivpgError, match=message) as error:
+        make_classifier(ClassifierConfig(**options), width=WIDTH, num_labels=2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_q_former_with_ppeg_needs_a_grid():
+    model = make_classifier(config_of("mivpg", position_encoding="ppeg"), width=WIDTH, num_labels=2).eval()
+    with pytest.raises(MivpgError, match="position_encoding is 'ppeg', so pass grid"):
+        model.qformer(query_embeds=model.query_tokens, encoder_hidden_states=torch.zeros(1, 2, WIDTH))
 
 
 def test_options_that_an_aggregator_does_not_have():

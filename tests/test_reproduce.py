@@ -4,8 +4,12 @@ import csv
 import dataclasses
 import html
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -293,11 +297,31 @@ def test_a_second_run_does_what_is_missing(whole, capsys):
     assert of_csa[0] == of_csa[1]
 
 
+def test_captions_of_another_base_do_not_fill_the_table(whole):
+    """They are there, but the run that would write them is refused: so its row says."""
+    out, _ = whole
+    record = out / "captions" / "products" / "seed-1" / "csa.made_of.json"
+    made_of = record.read_text()
+    record.write_text(json.dumps(json.loads(made_of) | {"base": "another"}))
+    try:
+        found = reproduce.reproduce(["table2"], scale="miniature", out=out, num_seeds=2)
+    finally:
+        record.write_text(made_of)
+    row = next(row for row in found["table2"]["rows"] if row["arm"] == "csa")
+    assert row["seeds"] == [0] and len(row["metrics"]["CIDEr"]) == 1
+    assert "made with another base" in row["failed"]["1"]
+    assert has_failed(found["table2"])
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(MivpgError, match="no experiment 'table9'"):
         reproduce.reproduce(["table9"], scale="miniature", out=tmp_path / "out")
     with pytest.raises(MivpgError, match="needs --data-root"):
         reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "out")
+    with pytest.raises(MivpgError, match=r"--data-root \S*data is no folder, expected the one with abo"):
+        reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "out", data_root=tmp_path / "data")
+    assert not (tmp_path / "out").exists()  # so that the right one can be named
+    (tmp_path / "data").mkdir()
     with pytest.raises(MivpgError, match=r"abo does not exist, expected Amazon Berkeley Objects.*abo-listings.tar"):
         reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "out", data_root=tmp_path / "data")
     (tmp_path / "used").mkdir()
@@ -305,9 +329,46 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(MivpgError, match="is in use"):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "used")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "reproduce.json").write_text('{"scale": "paper"}')
-    with pytest.raises(MivpgError, match="other settings, at the scale 'paper'"):
+    reproduce._claim(tmp_path / "other", "paper", tmp_path)
+    reproduce._claim(tmp_path / "other", "paper", tmp_path)
+    with pytest.raises(MivpgError, match="other holds experiments with another data_root; name another folder"):
+        reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "other", data_root=tmp_path / "data")
+    with pytest.raises(MivpgError, match="other holds experiments with another name, "):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sleeping(Run):
+    """Says which process it is, and goes on for ten minutes."""
+
+    def execute(self):
+        self.log.with_suffix(".pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+
+def test_a_killed_parent_takes_its_runs_with_it(tmp_path):
+    """Else the next command would start the same runs beside them."""
+    script = (
+        "from pathlib import Path; from mivpg.experiments.runner import run_all; from test_reproduce import Sleeping; "
+        f"folder = Path({str(tmp_path)!r}); "
+        "run_all([Sleeping(name='a', log=folder / 'a.txt', captions={folder / 'a.jsonl': None})])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    pid = tmp_path / "a.pid"
+    while not pid.exists() or not pid.read_text():
+        assert parent.poll() is None
+        time.sleep(0.2)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(int(pid.read_text()), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.kill(int(pid.read_text()), 9)
+    raise AssertionError("the run lives on")
 
 
 class TestRuns:
@@ -330,6 +391,8 @@ class TestRuns:
         assert not other.is_done
         with pytest.raises(MivpgError, match=r"csa.made_of.json: .* made with another base; delete them"):
             other.claim()
+        with pytest.raises(MivpgError, match=r"made with another training; delete them"):  # which it no longer has
+            self.run_of(tmp_path, base="a").claim()
 
     def test_captions_without_a_record_are_nobodys(self, tmp_path):
         run = self.run_of(tmp_path, base="a")

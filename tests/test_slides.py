@@ -23,6 +23,7 @@ from mivpg import (
 from mivpg.bags import check_bags
 from mivpg.datasets.bag_file import load_bag_file
 from mivpg.feature_files import read_features
+from mivpg.layers import lattice_cells
 from mivpg.miniature import BASE_MODEL
 from mivpg.slides import TileOptions, draw_tiles, find_tiles, tissue_mask
 from test_cli import done
@@ -236,6 +237,45 @@ class TestBags:
         coords = read_features(two.features)[1]
         assert coords[:3].tolist() == [[0, 0], [64, 0], [256, 192]]
         assert coords[3:].tolist() == [[384 + 64, 64], [384 + 128, 64]]  # five columns, and one of nothing
+
+    @pytest.mark.parametrize("mpps", [(0.4933,), (0.5, 0.4933), (0.4933, 0.5), (0.5, 0.25)])
+    def test_tiles_whose_span_is_no_whole_number_lie_on_one_lattice(self, tmp_path, model, processor, mpps):
+        """Tiles begin at whole pixels, and slides of one case differ by some percent: in pixels they are no lattice."""
+        pixels, tiling = pixels_with((0, 0, 320, 32), (16, 64, 320, 256)), TileOptions(mpp=0.5, size=16, min_tissue=0.5)
+        paths = [write_slide(tmp_path / f"{mpp}.tif", pixels, mpp=mpp) for mpp in mpps]
+        expected, first_column = [], 0
+        for path, mpp in zip(paths, mpps, strict=True):
+            span = 16 * 0.5 / mpp
+            cells = [(round(tile.y / span), round(tile.x / span)) for tile in find_tiles(path, tiling)]
+            expected += [(row, first_column + column) for row, column in cells]
+            first_column += -(-320 // span) + 1
+        (bag,) = extract_features(
+            model, processor, [Sample(id="x", slides=tuple(paths))], tmp_path / "store", tiling=tiling
+        )
+        coords = read_features(bag.features)[1]
+        assert max(column for _, column in expected) > 16  # wide enough for what is rounded to add up
+        assert lattice_cells(coords).tolist() == [[*cell] for cell in expected]
+        in_pixels = torch.tensor(expected, dtype=torch.float64).flip(1) * (16 * 0.5 / mpps[0])
+        torch.testing.assert_close(coords.double(), in_pixels, rtol=1e-4, atol=0)  # the file rounds its resolution
+
+    def test_places_that_were_rounded_are_a_lattice_however_wide(self):
+        numbers = torch.arange(2000)
+        for places in ((numbers * 506.53).round(), numbers * 126.63):  # to pixels, and to what 32 bits hold
+            coords = torch.stack([places, places.flip(0)], dim=1)
+            assert torch.equal(lattice_cells(coords), torch.stack([numbers.flip(0), numbers], dim=1))
+
+    @pytest.mark.parametrize(
+        ("coords", "message"),
+        [
+            ([(0, 0), (1, 0), (2.5, 1)], "no regular lattice on the x axis: their smallest gap is 1,"),
+            ([(0, 0), (0, 1), (0, 6.5)], "no regular lattice on the y axis: their smallest gap is 1,"),
+            ([(0, 0), (1, 0), (1, 0)], "Two images of a bag stand at the same image_coords"),
+            ([(0, 0), (1, 0), (0, torch.inf)], "image_coords hold NaN or infinity"),
+        ],
+    )
+    def test_places_that_are_no_lattice_are_the_fault_of_a_bag(self, coords, message):
+        with pytest.raises(BagError, match=message):
+            lattice_cells(torch.tensor(coords))
 
     def test_what_is_there_is_not_done_again_and_the_bytes_are_the_same(self, tmp_path, model, processor, cases):
         def contents(store):

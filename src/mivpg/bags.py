@@ -46,7 +46,8 @@ class Sample:
     features: Path | None = None
     """A file that `read_features` reads, instead of images."""
     image_coords: tuple[tuple[float, float], ...] | None = None
-    """x and y of each image, where positions are known; those in a features file go before."""
+    """x and y of each image, where positions are known, in any unit; PPEG needs them on a regular lattice. Those in a
+    features file go before."""
     captions: tuple[str, ...] = ()
     """The references, each a description of the whole bag."""
     prompt: str | None = None
@@ -68,7 +69,7 @@ class Bag:
     image_embeds: Tensor | None
     """(N, P, D) float32."""
     image_coords: Tensor | None
-    """(N, 2) float32, x and y."""
+    """(N, 2) float32, x and y in any unit; PPEG needs them on a regular lattice."""
     prompt: str
     caption: str | None
     """The reference drawn for training, else None."""

@@ -21,12 +21,25 @@ from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
 from mivpg.errors import BagError, MivpgError
+from mivpg.files import write_whole
 
 if TYPE_CHECKING:
     from mivpg.modeling_mivpg import MivpgForConditionalGeneration
     from mivpg.processing_mivpg import MivpgProcessor
 
 logger = logging.getLogger(__name__)
+
+MODEL_OPTIONS = (
+    "aggregator",
+    "aggregator_options",
+    "patch_pooling",
+    "pool_include_prefix",
+    "image_size",
+    "num_query_tokens",
+    "num_prefix_tokens",
+    "caption_end_token_id",
+)
+"""Fields of a model's config that decide what its captions are, and that its weights need not tell."""
 
 NUM_READERS = 4
 """Threads that open images while the model writes; Pillow lets go of the interpreter while it decodes."""
@@ -169,7 +182,8 @@ def _caption_batch(
         return [*caption_bags(model, processor, bags, **generation.as_kwargs())]
     except BagError as error:
         if len(bags) == 1:
-            return [error]
+            named = f"bag {bags[0].id!r}: "
+            return [error if str(error).startswith(named) else BagError(f"{named}{error}")]
         return [result for bag in bags for result in _caption_batch(model, processor, [bag], generation)]
 
 
@@ -187,9 +201,10 @@ def caption_file(
     """Captions a data set into JSON lines, `{"id", "caption"}` in the order of the samples.
 
     Until all are done they stand in `<out>.partial`, batch by batch, beside `<out>.partial.json`, which says what
-    writes them. A later run with the same samples, model, prompt and options goes on there. With the same batch size
-    its batches are those of an unbroken run; one that ran out of memory may go on with a smaller one. A bag that cannot
-    be read is logged, gets a line `{"id", "error"}` and is passed over.
+    writes them. A later run with the same samples, model (weights and options), prompt and generation options goes on
+    there. With the same batch size its batches are those of an unbroken run; one that ran out of memory may go on with
+    a smaller one. A bag that cannot be read, or has places that are no lattice for PPEG, is logged, gets a line
+    `{"id", "error"}` and is passed over.
 
     Args:
         model: As in `caption_bags`.
@@ -202,7 +217,8 @@ def caption_file(
         strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
 
     Raises:
-        MivpgError: `out` exists, or its partial file belongs to other samples or was written otherwise.
+        MivpgError: `out` exists, or its partial file belongs to other samples, was written otherwise, or does not say
+            how: an earlier version noted less about the model.
         BagError: A bag cannot be read and `strict` is set.
     """
     check_batch_size(batch_size)
@@ -216,8 +232,7 @@ def caption_file(
     num_resumed, num_failed = _resume(partial, samples, batch_size, strict)
     if num_resumed:
         logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    author_file.write_text(json.dumps(author))  # before the first caption, so that there is none without it
+    write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
 
     results = caption_samples(
         model, processor, samples, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
@@ -251,24 +266,31 @@ def read_captions(out: Path) -> dict[str, str]:
 
 def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
     """What decides, beside a bag, what its caption is."""
-    return {
+    config, qformer = model.config, model.config.qformer_config
+    author = {
         "prompt": prompt,
         **generation.as_kwargs(),
-        "base": model.config.base,
+        "base": config.base,
         "dtype": str(model.dtype),
         "trained_weights": model.fingerprint(),
+        **{name: getattr(config, name) for name in MODEL_OPTIONS},
+        **{name: getattr(qformer, name) for name in qformer.options()},
     }
+    return json.loads(json.dumps(author))  # as it is read back: a tuple comes back as a list
 
 
 def _check_author(partial: Path, author_file: Path, author: dict[str, Any]) -> None:
     """Raises where going on with a partial file would mix captions of two kinds in it."""
     begun = read_record(author_file.read_bytes()) if author_file.exists() else {}
+    remedy = "delete it to start anew, or choose another name for the captions."
     for name, value in author.items():
-        if begun.get(name) != value:
+        if name not in begun:
             raise MivpgError(
-                f"{partial} was begun with {name} = {begun.get(name)!r}, and {value!r} is asked for: "
-                "delete it to start anew, or choose another name for the captions."
+                f"{partial} was begun with an unknown {name}, which {author_file} does not tell (earlier versions "
+                f"noted less): {remedy}"
             )
+        if begun[name] != value:
+            raise MivpgError(f"{partial} was begun with {name} = {begun[name]!r}, and {value!r} is asked for: {remedy}")
 
 
 def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> tuple[int, int]:

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from mivpg.bags import check_record, naming
 from mivpg.configuration_mivpg import (
     AggregatorName,
     InstanceCorrelation,
@@ -36,6 +38,7 @@ from mivpg.datasets.bag_set import BagSet, LabelledBag, read_bag_set
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import read_features
 from mivpg.files import read_json, refuse_used, write_whole
+from mivpg.loading import one_line
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from mivpg.processing_mivpg import pad_bags
 from mivpg.training import QFormerSizes
@@ -57,9 +60,10 @@ class ClassifierConfig:
     aggregator_options: dict[str, Any] | None = None
     """Arguments of its class."""
     num_query_tokens: int = 8
-    """R, of MIVPG, and the prompts of a Perceiver or a Set Transformer."""
+    """R, of MIVPG, and the prompts of a Perceiver or a Set Transformer; those of each image for `qformer_per_image`,
+    `pooled_projection` and `linear_projection`, of which the last must have as many as an image has tokens."""
     qformer: QFormerSizes | None = None
-    """Sizes of MIVPG; by default six blocks of width 128."""
+    """Sizes of MIVPG; those left out are as in `DEFAULT_QFORMER`, six blocks of width 128."""
     patch_pooling: PatchPooling = "none"
     """How the tokens of an image become one instance, where it has several."""
     instance_correlation: InstanceCorrelation = "csa"
@@ -69,7 +73,7 @@ class ClassifierConfig:
     num_train_epochs: int = 40
     """Passes over the bags."""
     batch_size: int = 8
-    """Bags of a step."""
+    """Bags of a step, and bags at once in a test."""
     learning_rate: float = 5e-4
     """Peak rate of AdamW, after a twentieth of all steps and before a cosine to zero."""
     weight_decay: float = 1e-4
@@ -109,10 +113,14 @@ def load_labelled_bags(path: Path) -> BagSet:
 
     Raises:
         MivpgError: There is no such file, or it is not as it has to be.
-        BagError: A bag has no label or no features.
+        BagError: A bag has no label or no features, its features or coordinates cannot be read, or they differ from
+            the first bag's.
     """
-    if path.suffix == ".npz":
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
         return read_bag_set(path)
+    if suffix not in (".jsonl", ".csv"):
+        raise MivpgError(f"{path} ends in {path.suffix!r}, expected a bag set, .npz, or a bag file, .jsonl or .csv.")
     samples = load_bag_file(path)
     for sample in samples:
         if sample.label is None:
@@ -122,20 +130,33 @@ def load_labelled_bags(path: Path) -> BagSet:
     if any(sample.split is not None for sample in samples):
         logger.info("%s: its splits are not read, since a cross-validation makes folds of its own.", path)
     names = sorted({sample.label for sample in samples if sample.label is not None})
-    bags = []
+    bags: list[LabelledBag] = []
     for sample in samples:
         assert sample.features is not None and sample.label is not None
-        features, coords = read_features(sample.features)
-        bags.append(
-            LabelledBag(
-                id=sample.id,
-                instances=features.float(),
-                label=names.index(sample.label),
-                coords=coords,
-                group=sample.group,
-            )
+        with naming(sample):
+            check_record(sample)
+            features, coords = read_features(sample.features)
+        if coords is None and sample.image_coords is not None:
+            coords = torch.tensor(sample.image_coords, dtype=torch.float32)  # (N, 2)
+        bag = LabelledBag(
+            id=sample.id,
+            instances=features.float(),
+            label=names.index(sample.label),
+            coords=coords,
+            group=sample.group,
         )
+        bags.append(bag)
+        if (kind := _kind(bag)) != (first_kind := _kind(bags[0])):
+            raise BagError(
+                f"{path}: bag {bags[0].id!r} has {first_kind} and bag {bag.id!r} has {kind}, expected all bags alike."
+            )
     return BagSet(bags=bags, label_names=names)
+
+
+def _kind(bag: LabelledBag) -> str:
+    """What all bags of a bag file have to share, in words."""
+    _, num_tokens, width = bag.instances.shape
+    return f"features (N, {num_tokens}, {width}) {'without' if bag.coords is None else 'with'} coordinates"
 
 
 def make_classifier(config: ClassifierConfig, *, width: int, num_labels: int) -> MivpgForBagClassification:
@@ -150,23 +171,27 @@ def make_classifier(config: ClassifierConfig, *, width: int, num_labels: int) ->
         MivpgError: An option has a value that it cannot have.
     """
     torch.manual_seed(config.seed)
-    qformer = dict(config.qformer or DEFAULT_QFORMER)
-    qformer |= {
+    qformer = {
+        **DEFAULT_QFORMER,
+        **(config.qformer or {}),
         "instance_correlation": config.instance_correlation,
         "position_encoding": config.position_encoding,
         "encoder_hidden_size": width,
     }
-    model_config = MivpgConfig(
-        vision_config=None,
-        text_config=None,
-        qformer_config=qformer,
-        image_embeds_size=width,
-        num_query_tokens=config.num_query_tokens,
-        patch_pooling=config.patch_pooling,
-        aggregator=config.aggregator,
-        aggregator_options=config.aggregator_options,
-        num_labels=num_labels,
-    )
+    try:
+        model_config = MivpgConfig(
+            vision_config=None,
+            text_config=None,
+            qformer_config=qformer,
+            image_embeds_size=width,
+            num_query_tokens=config.num_query_tokens,
+            patch_pooling=config.patch_pooling,
+            aggregator=config.aggregator,
+            aggregator_options=config.aggregator_options,
+            num_labels=num_labels,
+        )
+    except StrictDataclassError as error:
+        raise MivpgError(one_line(error)) from error
     return MivpgForBagClassification(model_config)
 
 
@@ -201,16 +226,23 @@ def train_classifier(model: MivpgForBagClassification, bags: Sequence[LabelledBa
 
 
 def collate(bags: Sequence[LabelledBag], device: torch.device) -> dict[str, Tensor]:
-    """`image_embeds` (B, N, P, D), `image_mask` (B, N) and, where all bags have them, `image_coords` (B, N, 2).
+    """`image_embeds` (B, N, P, D), `image_mask` (B, N) and, where the bags have them, `image_coords` (B, N, 2).
 
     Instances (N, D) are images of one token.
+
+    Raises:
+        BagError: Some bags have coordinates and some have none.
     """
     images = [bag.instances if bag.instances.ndim == 3 else bag.instances[:, None] for bag in bags]
     image_embeds, image_mask = pad_bags(images)
     batch = {"image_embeds": image_embeds.to(device), "image_mask": image_mask.to(device)}
-    coords = [bag.coords for bag in bags if bag.coords is not None]
-    if len(coords) == len(bags):
-        batch["image_coords"] = pad_bags([of_bag.float() for of_bag in coords])[0].to(device)
+    coords = [bag.coords.float() for bag in bags if bag.coords is not None]
+    if 0 < len(coords) < len(bags):
+        with_one = next(bag for bag in bags if bag.coords is not None)
+        without = next(bag for bag in bags if bag.coords is None)
+        raise BagError(f"bag {with_one.id!r} has coordinates and bag {without.id!r} has none, expected all bags alike.")
+    if coords:
+        batch["image_coords"] = pad_bags(coords)[0].to(device)
     return batch
 
 
@@ -306,7 +338,8 @@ def split_into_folds(bags: Sequence[LabelledBag], config: ClassifierConfig) -> l
         raise MivpgError(f"num_folds is {config.num_folds}, but a class has {least} {what}, fewer than folds.")
     fold_class = StratifiedKFold if one_a_bag else StratifiedGroupKFold
     folds = fold_class(config.num_folds, shuffle=True, random_state=config.seed)
-    return [(train.tolist(), test.tolist()) for train, test in folds.split(np.zeros(len(labels)), labels, groups)]
+    splits = folds.split(np.zeros(len(labels)), labels, None if one_a_bag else groups)
+    return [(train.tolist(), test.tolist()) for train, test in splits]
 
 
 def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict[str, Any]:
@@ -348,7 +381,7 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             train_classifier(model, [bag_set.bags[index] for index in train], config)
             model.save_pretrained(out / f"fold-{number}")
-            predictions = predict(model, test_bags, with_instances=True)
+            predictions = predict(model, test_bags, batch_size=config.batch_size, with_instances=True)
             write_whole(file, "".join(json.dumps(asdict(prediction)) + "\n" for prediction in predictions))
         lines = file.read_text(encoding="utf-8").splitlines()
         scores.append(score_predictions(test_bags, [Prediction(**json.loads(line)) for line in lines]))

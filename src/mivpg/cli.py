@@ -340,7 +340,7 @@ def run_evaluation(
     """Captions, scores, writes and prints."""
     from mivpg.bags import select
     from mivpg.captioning import caption_file, read_captions
-    from mivpg.evaluation import evaluate_captions, format_table
+    from mivpg.evaluation import CaptionScorer, evaluate_captions, format_table
 
     if not (in_split := select(samples, split)):
         if all(sample.split is None for sample in samples):
@@ -354,6 +354,9 @@ def run_evaluation(
         )
     captions = out.with_suffix(".captions.jsonl")
     refuse_existing(captions)
+    # What is wrong with the references or with Java shows before hours of captioning, not after.
+    with CaptionScorer({sample.id: sample.captions for sample in chosen}, ("CIDEr",)):
+        pass
     loaded, processor = load(model, dtype)
     counts = caption_file(
         loaded,

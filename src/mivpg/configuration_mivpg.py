@@ -148,14 +148,17 @@ class MivpgConfig(PreTrainedConfig):
         the others are `mivpg.aggregators`, whose prompts have the language model's width.
     aggregator_options (`dict`, *optional*):
         Arguments of the aggregator's class, for those in `mivpg.aggregators`.
-    trainable (`list[str]`, *optional*):
-        Names of the modules and parameters that train. Everything else is frozen and stays in eval mode; a checkpoint
-        holds what this list names.
+    trainable (`list[str]`, *optional*, defaults to `DEFAULT_TRAINABLE`):
+        Names of the modules and parameters that train, by default all but the vision model and the language model.
+        Everything else is frozen and stays in eval mode; a checkpoint holds what this list names.
     caption_end_token_id (`int`, *optional*):
         The token that ends a caption, where the language model's own end-of-sequence token is not one that it writes.
     base (`dict`, *optional*):
         Where the weights that did not train come from, in a checkpoint: `{"model": {...}}`, or `{"vision_model": {...},
         "language_model": {...}}`, each with `path`, `revision` and `sha256` by file name.
+    initializer_range (`float`, *optional*, defaults to 0.02):
+        Standard deviation of new query tokens, and of a new patch pooling, projection or classifier; `qformer_config`
+        has its own for the Q-Former.
     """
 
     model_type = "mivpg"

@@ -210,6 +210,7 @@ class Meteor(meteor.Meteor):
         try:
             score, _ = self.compute_score(references, hypotheses)
         except (BrokenPipeError, ValueError) as error:
+            self.lock = threading.Lock()  # the old one is never given back
             self.end()
             self.errors.seek(0)
             raise MivpgError(f"{self.java}: METEOR failed: {_last_line(self.errors.read()) or error}") from None
@@ -231,7 +232,7 @@ def _last_line(output: bytes) -> str:
 def score_captions(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, metrics: Sequence[str] = METRICS
 ) -> dict[str, float]:
-    """Metric to value, once: `CaptionScorer` for one set of predictions.
+    """Metric to value, 0 to 1 or, of CIDEr, 0 to 10; once: `CaptionScorer` for one set of predictions.
 
     Raises:
         MivpgError: As `CaptionScorer` and its `score`.
@@ -386,8 +387,8 @@ def evaluate_captions(
         metrics: Some of `METRICS`.
 
     Returns:
-        What goes into a METRICS.json: `num_bags`, `num_references`, `seed`, `metrics` (name to value) and `floors`
-        (name to metrics).
+        What goes into a METRICS.json: `num_bags`, `num_references`, `seed`, `metrics` (name to value, 0 to 1 or, of
+        CIDEr, 0 to 10) and `floors` (name to metrics).
 
     Raises:
         MivpgError: As `CaptionScorer` and its `score`.

@@ -75,9 +75,11 @@ def extract_features(
     Slides are cut into tiles, which become the images of their bag; a picture of where the tiles lie is saved in
     `folder/tiles`.
 
-    A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). A bag
-    whose file is there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each
-    process does its share of the bags.
+    A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). Those of
+    tiles are their upper left corners in pixels of the slide's finest level, not rounded; the slides of a case lie side
+    by side, all in pixels of the first one. Those of images are the `image_coords` of the sample. A bag whose file is
+    there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each process does
+    its share of the bags.
 
     Args:
         model: Sees in eval mode and is left in the mode it was found in.
@@ -324,13 +326,23 @@ def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: li
 
 
 def _coords_of_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> Tensor:
-    """(N, 2), the upper left corners in pixels of the finest level; the slides of a case lie side by side."""
-    lefts = [0]
-    for slide in slides:  # on one lattice, with an empty column between two slides
-        columns = math.ceil(open_slide(slide).dimensions[0] / tiles[0].span) + 1
-        lefts.append(lefts[-1] + round(columns * tiles[0].span))
-    left_of = dict(zip(slides, lefts, strict=False))
-    return torch.tensor([(left_of[tile.slide] + tile.x, tile.y) for tile in tiles], dtype=torch.float32)
+    """(N, 2), the upper left corners of the tiles, on one lattice for all slides of a case, which lie side by side.
+
+    In pixels of the first slide's finest level. Another slide of the case may have larger ones, and even a single
+    slide's tiles begin at whole pixels, while their span is no whole number: so rows and columns are what is counted.
+    """
+    span_of = {tile.slide: tile.span for tile in tiles}
+    first_columns = [0]
+    for slide in slides:  # with an empty column between two slides
+        columns = math.ceil(open_slide(slide).dimensions[0] / span_of[slide]) + 1
+        first_columns.append(first_columns[-1] + columns)
+    first_column_of = dict(zip(slides, first_columns, strict=False))
+    span = tiles[0].span
+    corners = [
+        ((first_column_of[tile.slide] + round(tile.x / tile.span)) * span, round(tile.y / tile.span) * span)
+        for tile in tiles
+    ]
+    return torch.tensor(corners, dtype=torch.float32)
 
 
 def _coords(bag: Sample) -> Tensor | None:

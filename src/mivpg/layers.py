@@ -20,7 +20,7 @@ from transformers.models.blip_2.modeling_blip_2 import eager_attention_forward
 
 from mivpg import folded_attention
 from mivpg.configuration_mivpg import MivpgQFormerConfig
-from mivpg.errors import MivpgError
+from mivpg.errors import BagError, MivpgError
 
 ABMIL_HIDDEN_SIZE = 128
 """L of Eq. 4."""
@@ -420,23 +420,25 @@ def lattice_cells(coords: Tensor) -> Tensor:
     """Row and column (n, 2) of places (n, 2) = x, y on a lattice whose step is the smallest gap on each axis.
 
     Raises:
-        MivpgError: The places are no lattice, two are the same, or one is no number.
+        BagError: The places are no lattice, two are the same, or one is no number.
     """
     if not coords.isfinite().all():
-        raise MivpgError("image_coords hold NaN or infinity; PPEG needs a place for each image.")
+        raise BagError("image_coords hold NaN or infinity; PPEG needs a place for each image.")
     cells = []
     for axis in (1, 0):  # rows are y, columns are x
-        values = coords[:, axis].double()
-        gaps = values.unique().diff()
+        values, which = coords[:, axis].double().unique(return_inverse=True)
+        gaps = values.diff()
         pitch = gaps.min() if len(gaps) else values.new_ones(())
-        steps = (values - values.min()) / pitch
-        if (steps - steps.round()).abs().max() > 0.1:
-            raise MivpgError(
+        steps = gaps / pitch
+        # Gap by gap, since places are rounded, to pixels or as float32, and over many columns that would add up.
+        if ((steps - steps.round()).abs() > 0.1).any():
+            raise BagError(
                 f"image_coords are no regular lattice on the {'xy'[axis]} axis: their smallest gap is {pitch:g}, "
                 "and not all others are multiples of it. PPEG needs the rows and columns that tiles were cut in."
             )
-        cells.append(steps.round().long())
+        numbers = F.pad(steps.round().long().cumsum(dim=0), (1, 0))  # of each row or column that is in use
+        cells.append(numbers[which])
     rows_and_columns = torch.stack(cells, dim=1)
     if len(rows_and_columns.unique(dim=0)) < len(coords):
-        raise MivpgError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
+        raise BagError("Two images of a bag stand at the same image_coords; PPEG needs a place for each.")
     return rows_and_columns

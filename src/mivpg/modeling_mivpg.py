@@ -189,7 +189,15 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
         grid: PatchGrid | BagGrid | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H)."""
+        """Queries (B, R, H) and instances (B, M, D) with their mask (B, M) -> `last_hidden_state` (B, R, H).
+
+        `grid` says where the instances stand. With `position_encoding: ppeg` it has to be there; else it is not read.
+
+        Raises:
+            MivpgError: `position_encoding` is "ppeg", and there is no grid.
+        """
+        if grid is None and self.config.position_encoding == "ppeg":
+            raise MivpgError("position_encoding is 'ppeg', so pass grid: where the instances stand.")
         dtype = self.layernorm.weight.dtype
         learned_queries = self.dropout(self.layernorm(query_embeds.to(dtype)))
         instances = encoder_hidden_states.to(dtype)
@@ -807,12 +815,17 @@ class MivpgForBagClassification(MivpgVisualPromptModel):
         """
         if isinstance(self.aggregator, ScoringAggregator):
             return self(image_embeds, image_mask=image_mask, image_coords=image_coords).instance_scores
+        if self.config.aggregator == "linear_projection":  # its prompts are the instances, and none sees another
+            assert self.classifier is not None
+            prompts = self.get_visual_prompts(image_embeds, image_mask)
+            return self.classifier(prompts.embeds).masked_fill(~prompts.mask.bool()[..., None], 0.0)
         if image_mask is None:
             image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
         num_tokens = 1 if self.config.patch_pooling != "none" else image_embeds.shape[2]
         alone = image_embeds[image_mask.bool()]  # (n, P, D)
         bags = alone[:, None] if num_tokens == 1 else alone.flatten(0, 1)[:, None, None]
-        logits = self(bags).logits.unflatten(0, (len(alone), num_tokens))
+        logits = torch.cat([self(part).logits for part in bags.split(4096)])  # a slide has more than memory holds
+        logits = logits.unflatten(0, (len(alone), num_tokens))
         return scatter_real(logits, image_mask).flatten(1, 2)
 
 

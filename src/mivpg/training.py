@@ -81,7 +81,7 @@ RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", T
 
 
 class QFormerSizes(TypedDict, total=False):
-    """Fields of `MivpgQFormerConfig` for a new Q-Former; those left out are as in BLIP-2."""
+    """Fields of `MivpgQFormerConfig` for a new Q-Former; those left out are as in BLIP-2, under a bag classifier as in its `DEFAULT_QFORMER`."""
 
     hidden_size: int
     """Width of the queries."""

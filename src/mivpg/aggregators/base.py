@@ -24,7 +24,8 @@ class VisualPrompts:
     mask: Tensor
     """(B, T), 1 = real; padding stands at the end."""
     weights: Tensor | None = None
-    """(B, T, M), how much each prompt looked at each instance, where the aggregator was asked and knows."""
+    """(B, T, M), how much each prompt looked at each instance, from aggregators that average instances (`mean`,
+    `abmil`); else None."""
 
 
 class Aggregator(nn.Module):

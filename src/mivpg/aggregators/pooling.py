@@ -105,8 +105,14 @@ class EmbeddingPooling(BagVectorAggregator):
     ):
         check_choice("pooling", pooling, POOLINGS)
         check_dropout(dropout)
-        if not layer_sizes or min(layer_sizes) < 1:
-            raise MivpgError(f"layer_sizes are {list(layer_sizes)}, expected at least one, all positive.")
+        if (
+            not isinstance(layer_sizes, list | tuple)
+            or not layer_sizes
+            or not all(isinstance(size, int) and size >= 1 for size in layer_sizes)
+        ):
+            raise MivpgError(
+                f"layer_sizes is {layer_sizes!r}, expected a list of integers of at least 1, such as [256, 128]."
+            )
         super().__init__(image_embeds_size, layer_sizes[-1], num_prompts=num_prompts, hidden_size=hidden_size)
         self.pooling = pooling
         self.embed = relu_layers(image_embeds_size, layer_sizes)
@@ -140,6 +146,9 @@ class AttentionMil(BagVectorAggregator):
         hidden_size: H; None = z itself, for a classifier.
         embed_size: Width of h and z.
         gated: With the gate.
+
+    Raises:
+        MivpgError: `embed_size` is no integer of at least 1.
     """
 
     def __init__(
@@ -181,6 +190,9 @@ class DeepSets(BagVectorAggregator):
         num_prompts: T, where `hidden_size` is given.
         hidden_size: H; None = z itself, for a classifier.
         layer_size: Width of all layers, and of z.
+
+    Raises:
+        MivpgError: `layer_size` is no integer of at least 1.
     """
 
     def __init__(

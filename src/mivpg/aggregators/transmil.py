@@ -48,8 +48,8 @@ class TransMil(BagVectorAggregator):
         dropout: After each attention.
 
     Raises:
-        MivpgError: `size` is no multiple of `num_heads`; in `forward`, coordinates that are no lattice, or of images of
-            several tokens.
+        MivpgError: A size or number is no integer of at least 1, `dropout` is no probability below 1, or `size` is no
+            multiple of `num_heads`; in `forward`, coordinates that are no lattice, or of images of several tokens.
     """
 
     def __init__(

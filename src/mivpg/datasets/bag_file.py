@@ -4,8 +4,8 @@
 
 Besides `id` every field may be left out: `images`, `slides` (slide files, which `mivpg extract` cuts) or `features` (a
 file that `read_features` reads), `coords` ([x, y] for each image), `captions`, `prompt`, `label`, `group` and `split`.
-Paths are relative to the file. A CSV file names the fields in its first line, puts `;` between images and between
-slides and `|` between captions, and has no `coords`.
+An empty `label` or `group` counts as left out. Paths are relative to the file. A CSV file names the fields in its
+first line, puts `;` between images and between slides and `|` between captions, and has no `coords`.
 
 What is wrong with the file is found here; what is wrong with one bag (no image, a file that cannot be read, an empty
 caption) is found when that bag is opened, so that one bad bag does not stop a run over thousands.
@@ -169,8 +169,8 @@ def _sample(record: dict[str, Any], folder: Path) -> Sample:
         image_coords=_coords(record),
         captions=_texts(record, "captions"),
         prompt=_text(record, "prompt"),
-        label=_text(record, "label"),
-        group=_text(record, "group"),
+        label=_text(record, "label") or None,
+        group=_text(record, "group") or None,
         split=_split(record),
     )
 

@@ -48,9 +48,10 @@ class BagSet:
     """What a file holds."""
 
     bags: list[LabelledBag]
-    """In the order of `np.unique(bag)`."""
+    """In the order of `np.unique(bag)`; those of a bag file in its order."""
     label_names: list[str]
-    """What each label from 0 to C - 1 is called; "0", "1", … where the file has integers."""
+    """What each label from 0 to C - 1 is called: the texts in sorted order; "0", "1", … where an `.npz` has
+    integers."""
 
 
 def read_bag_set(path: Path) -> BagSet:

@@ -16,7 +16,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,6 +24,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -217,7 +217,7 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
     missing = [(out, config, *job) for job in jobs if not _file(out, *job).exists()]
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(os.cpu_count(), initializer=_start_process) as pool,
+        context.Pool(cpu_count(), initializer=_start_process) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="classifier", disable=None) as progress,
     ):
         failures = []

@@ -61,6 +61,8 @@ def reproduce(
         raise MivpgError(f"there is no experiment {unknown[0]!r}; there are {', '.join(known)} and all.")
     if scale == "paper" and data_root is None:
         raise MivpgError("--scale paper needs --data-root, the folder with abo, patch_gastric and coco.")
+    if data_root is not None and not data_root.is_dir():
+        raise MivpgError(f"--data-root {data_root} is no folder, expected the one with abo, patch_gastric and coco.")
     names = [*names, *(name for name in known if "all" in names and not known[name].apart)]
     chosen = [known[name] for name in dict.fromkeys(names) if name != "all"]
     _claim(out, scale, data_root)
@@ -104,19 +106,21 @@ def reproduce(
 def _claim(out: Path, scale: str, data_root: Path | None) -> None:
     """Makes the folder that of these settings, so that no run is taken for one of others."""
     mark = out / "reproduce.json"
-    settings = {name: value for name, value in asdict(SCALES[scale]).items() if name != "settings"}
-    of_data = {
-        name: {key: value for key, value in asdict(those).items() if key != "draw"}
-        for name, those in SCALES[scale].settings.items()
+    settings = asdict(SCALES[scale]) | {"data_root": data_root and data_root.resolve()}
+    del settings["base"]  # of which runs say by its weights
+    settings["settings"] = {
+        name: {key: value for key, value in of_data.items() if key != "draw"}
+        for name, of_data in settings["settings"].items()
     }
-    asked = json.loads(json.dumps([settings, of_data, data_root and data_root.resolve()], default=str))
+    asked = json.loads(json.dumps(settings, default=str))
     if mark.exists():
-        if (found := read_json(mark)) != {"scale": scale, "settings": asked}:
-            other = found.get("scale") if isinstance(found, dict) else None
-            raise MivpgError(f"{out} holds experiments of other settings, at the scale {other!r}; name another folder.")
+        found = read_json(mark)
+        other = [name for name in asked if not isinstance(found, dict) or found.get(name) != asked[name]]
+        if other:
+            raise MivpgError(f"{out} holds experiments with another {', '.join(other)}; name another folder.")
         return
     refuse_used(out)
-    write_whole(mark, json.dumps({"scale": scale, "settings": asked}, indent=2) + "\n")
+    write_whole(mark, json.dumps(asked, indent=2) + "\n")
 
 
 def _prepare(data: ExperimentData, arms: Collection[Arm]) -> dict[tuple[DataName, View, BaseName], str]:

@@ -39,6 +39,9 @@ MARGIN = 0.05
 Key = tuple[DataName, str, int]
 """Data set, arm, seed."""
 
+Scored = dict[tuple[DataName, str], dict[int, dict[str, float]]]
+"""By data set and arm, then by seed: CIDEr of each bag; those of runs that failed are not there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -69,7 +72,9 @@ class TestSplit:
         self.train = select(samples, "train")
         self.test = select(samples, "test")
         self.meteor = meteor
-        captions = [[(sample.id, *sample.captions) for sample in those] for those in (self.train, self.test)]
+        captions = [
+            [(sample.id, sample.label, *sample.captions) for sample in those] for those in (self.train, self.test)
+        ]
         self.digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
         """Of what scores depend on beside a run's captions."""
 
@@ -163,10 +168,13 @@ def results_of(
     """What the JSON file of an experiment holds."""
     rows: list[dict[str, Any]] = []
     floors: list[dict[str, Any]] = []
-    each: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    each: Scored = {}
     for arm in experiment.arms:
         found, reasons = {}, {}
         for seed in seeds:
+            if reason := failed.get((arm.data, arm.name, seed)):  # captions that are there may be of something else
+                reasons[seed] = reason
+                continue
             try:
                 of_run = scores.of_run(arm, seed)
             except MivpgError as error:
@@ -185,11 +193,7 @@ def results_of(
                 "metrics": metrics,
                 "of_labels": [of_run["of_labels"] for of_run in found.values() if of_run["of_labels"]],
                 "costs": _costs(scores, arm, found) if experiment.with_costs else {},
-                "failed": {
-                    str(seed): reasons.get(seed) or failed[arm.data, arm.name, seed]
-                    for seed in seeds
-                    if seed not in found
-                },
+                "failed": {str(seed): reasons.get(seed, "it wrote no captions") for seed in seeds if seed not in found},
             }
         )
     for name in dict.fromkeys(row["data"] for row in rows if row["seeds"]):
@@ -205,20 +209,20 @@ def results_of(
         "seeds": list(seeds),
         "rows": rows,
         "floors": floors,
-        "examples": _examples(experiment, scores, seeds[0]),
+        "examples": _examples(experiment, scores, seeds[0], each),
         "differences": [
             asdict(difference) | {"verdict": difference.verdict} for difference in _differences(experiment, each)
         ],
     }
 
 
-def _examples(experiment: Experiment, scores: Scores, seed: int) -> list[dict[str, Any]]:
+def _examples(experiment: Experiment, scores: Scores, seed: int, scored: Scored) -> list[dict[str, Any]]:
     """Of some test bags, what people and every arm write; which, the seed alone decides."""
-    written = {}
-    for arm in experiment.arms:
-        file = scores.data.caption_file(arm.data, arm.name, seed)
-        if file.exists():
-            written[arm.title] = read_captions(file)
+    written = {
+        arm.title: read_captions(scores.data.caption_file(arm.data, arm.name, seed))
+        for arm in experiment.arms
+        if seed in scored[arm.data, arm.name]
+    }
     if not experiment.num_examples or not written:
         return []
     test = scores.split(experiment.arms[0].data, seed).test
@@ -244,9 +248,7 @@ def _costs(scores: Scores, arm: Arm, seeds: Iterable[int]) -> dict[str, list[flo
     return costs
 
 
-def _differences(
-    experiment: Experiment, each: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]]
-) -> list[Difference]:
+def _differences(experiment: Experiment, each: Scored) -> list[Difference]:
     """Of every claim, on every data set that has both of its arms."""
     found = []
     for data in dict.fromkeys(arm.data for arm in experiment.arms):

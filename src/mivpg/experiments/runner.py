@@ -7,10 +7,12 @@ other settings are not taken for its own. A run that fails does not stop the oth
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
 from tqdm import tqdm
 
 from mivpg.bags import BagCollator, BagDataset, BagSampler, Sample, bag_size, select
@@ -79,7 +82,8 @@ class Run:
             write_whole(self.record_file, json.dumps(self.made_of, indent=2) + "\n")
         elif found != self.made_of:
             known = found if isinstance(found, dict) else {}
-            other = [name for name in self.made_of if known.get(name) != self.made_of[name]]
+            names = {**self.made_of, **known}
+            other = [name for name in names if known.get(name) != self.made_of.get(name)]
             raise MivpgError(
                 f"{self.record_file}: captions beside it were made with another {', '.join(other)}; "
                 "delete them and the run's folder, or name another --out."
@@ -150,7 +154,9 @@ class FineTuning(Run):
         model, processor = self.model.load()
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         samples = select(training.dataset.load(), "train")
-        cost = step_cost(model, processor, samples, batch_size=training.batch_size, bf16=training.bf16)
+        cost = step_cost(
+            model, processor, samples, prompt=training.prompt, batch_size=training.batch_size, bf16=training.bf16
+        )
         write_whole(self.cost_file, json.dumps(cost) + "\n")
 
     def caption(self, model: MivpgForConditionalGeneration, processor: MivpgProcessor, file: Path) -> None:
@@ -229,6 +235,7 @@ def step_cost(
     processor: MivpgProcessor,
     samples: Sequence[Sample],
     *,
+    prompt: str,
     batch_size: int,
     bf16: bool = False,
 ) -> dict[str, float]:
@@ -239,7 +246,7 @@ def step_cost(
         the mean over the batches, of each the less of two; `peak_memory_gb`, of the GPU, or of this process so far.
     """
     order = [index for _, index in BagSampler([bag_size(sample) for sample in samples], seed=0, block=batch_size)]
-    dataset = BagDataset(samples, prompt=processor.prompt, training=True)
+    dataset = BagDataset(samples, prompt=prompt, training=True)
     collate = BagCollator(processor, training=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0)  # which leaves the weights as they are
@@ -266,7 +273,7 @@ def step_cost(
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1000
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
         "visual_tokens": sum(marks) / len(marks),
@@ -298,7 +305,7 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, heard)
     gpus = visible_gpus()
-    free = (gpus or [None] * (num_processes or os.cpu_count() or 1))[:num_processes]
+    free = (gpus or [None] * (num_processes or cpu_count()))[:num_processes]
     running: dict[str, tuple[Run, str | None, Any]] = {}
     failed: dict[str, str] = {}
     done = sum(run.num_steps for run in runs if run.is_done)
@@ -345,10 +352,19 @@ def _reason(run: Run, exitcode: int) -> str:
     return log[-1] if log else f"exit code {exitcode}"
 
 
+def _end_with_parent() -> None:
+    """Where the parent was killed, which could not end its children: two runs in one folder would spoil it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _run_one(run: Run, gpu: str | None) -> None:
     """What happens in a run's process."""
     import transformers
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # nothing has looked for GPUs in this process yet
     transformers.logging.set_verbosity_error()
