@@ -81,7 +81,10 @@ RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", T
 
 
 class QFormerSizes(TypedDict, total=False):
-    """Fields of `MivpgQFormerConfig` for a new Q-Former; those left out are as in BLIP-2, under a bag classifier as in its `DEFAULT_QFORMER`."""
+    """Fields of `MivpgQFormerConfig` for a new Q-Former.
+
+    Those left out are as in BLIP-2, under a classifier of bags as in its `DEFAULT_QFORMER`.
+    """
 
     hidden_size: int
     """Width of the queries."""
