@@ -333,7 +333,7 @@ def test_what_is_not_there(tmp_path):
     reproduce._claim(tmp_path / "other", "paper", tmp_path)
     with pytest.raises(MivpgError, match="other holds experiments with another data_root; name another folder"):
         reproduce.reproduce(["table2"], scale="paper", out=tmp_path / "other", data_root=tmp_path / "data")
-    with pytest.raises(MivpgError, match="other holds experiments with another name, "):
+    with pytest.raises(MivpgError, match="other holds experiments at the scale 'paper'; name another folder"):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
 
 

@@ -115,7 +115,10 @@ def _claim(out: Path, scale: str, data_root: Path | None) -> None:
     asked = json.loads(json.dumps(settings, default=str))
     if mark.exists():
         found = read_json(mark)
-        other = [name for name in asked if not isinstance(found, dict) or found.get(name) != asked[name]]
+        known = found if isinstance(found, dict) else {}
+        other = [name for name in asked if known.get(name) != asked[name]]
+        if "name" in other:
+            raise MivpgError(f"{out} holds experiments at the scale {known.get('name')!r}; name another folder.")
         if other:
             raise MivpgError(f"{out} holds experiments with another {', '.join(other)}; name another folder.")
         return
