@@ -256,7 +256,7 @@ def test_arms_differ_in_one_reading(scale):
     """The two arms of a claim differ in what it is about alone; what other tables have is the same arm, so run once."""
     known = experiments(SCALES[scale])
     arms = {(arm.data, arm.name): arm for arm in known["readings"].arms}
-    assert len(arms) == len(known["readings"].arms) == 11
+    assert len(arms) == len(known["readings"].arms) == 12
     compared = {}
     for claim in known["readings"].claims:
         for data in ("products", "slides", "scenes"):
@@ -270,7 +270,7 @@ def test_arms_differ_in_one_reading(scale):
         "instances_carry_over": ["products", "slides"],
         "zero_init_residual": ["products", "slides"],
         "pool_include_prefix": ["products"],
-        "instance_correlation": ["scenes", "scenes"],
+        "instance_correlation": ["scenes", "scenes", "scenes"],
         "position_encoding": ["scenes"],
     }
     elsewhere = {(arm.data, arm.name): arm for name in ("table1", "table2", "figure4") for arm in known[name].arms}

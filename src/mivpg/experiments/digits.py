@@ -24,7 +24,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from joblib import cpu_count
 from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from tqdm import tqdm
 from mivpg.classification import ClassifierConfig, make_classifier, predict, score_predictions, train_classifier
 from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
+from mivpg.experiments.runner import num_cores
 from mivpg.files import refuse_used, write_whole
 from mivpg.report import Table, Text, markdown_table, spread, write_report
 from mivpg.training import QFormerSizes
@@ -217,7 +217,7 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
     missing = [(out, config, *job) for job in jobs if not _file(out, *job).exists()]
     context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(cpu_count(), initializer=_start_process) as pool,
+        context.Pool(num_cores(), initializer=_start_process) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="classifier", disable=None) as progress,
     ):
         failures = []

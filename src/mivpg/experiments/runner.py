@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from joblib import cpu_count
 from tqdm import tqdm
 
 from mivpg.bags import BagCollator, BagDataset, BagSampler, Sample, bag_size, select
@@ -305,7 +304,7 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, heard)
     gpus = visible_gpus()
-    free = (gpus or [None] * (num_processes or cpu_count()))[:num_processes]
+    free = (gpus or [None] * (num_processes or num_cores()))[:num_processes]
     running: dict[str, tuple[Run, str | None, Any]] = {}
     failed: dict[str, str] = {}
     done = sum(run.num_steps for run in runs if run.is_done)
@@ -336,6 +335,11 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
             process.kill()
             process.join()
     return failed
+
+
+def num_cores() -> int:
+    """Those that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str | None]:
