@@ -21,6 +21,7 @@ import torch
 from transformers import OPTConfig
 
 from mivpg import MivpgConfig, MivpgForConditionalGeneration
+from parameters import draw_zeros
 
 WIDTH = 1408
 NUM_STEPS = 3
@@ -49,10 +50,7 @@ def make_model(position_encoding: str) -> MivpgForConditionalGeneration:
         patch_pooling="cls",
     )
     model = MivpgForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():  # what starts as the identity
-                parameter.normal_(0.0, 0.02)
+    draw_zeros(model)
     model.freeze()
     return model.train()
 

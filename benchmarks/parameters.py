@@ -53,6 +53,14 @@ def real_size(language_config: PreTrainedConfig) -> MivpgForConditionalGeneratio
         )
 
 
+@torch.no_grad()
+def draw_zeros(model: torch.nn.Module) -> None:
+    """Draws every parameter that starts at zero, so that nothing is timed on the identity."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            parameter.normal_(0.0, 0.02)
+
+
 def parameters_by_part(model: MivpgForConditionalGeneration) -> dict[str, int]:
     """Number of parameters of each part."""
     counts = dict.fromkeys(PARTS, 0)

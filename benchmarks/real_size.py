@@ -17,7 +17,7 @@ import torch
 from transformers import Blip2Config
 
 from mivpg import MivpgConfig, MivpgForConditionalGeneration
-from parameters import LANGUAGE_MODELS
+from parameters import LANGUAGE_MODELS, draw_zeros
 
 NUM_WORDS, NUM_PROMPTS, NUM_TOKENS, WIDTH, IMAGE_SIZE = 30, 32, 257, 1408, 224
 IMAGE_TOKEN_ID = 32_000
@@ -35,11 +35,9 @@ def load(language: str, **options: Any) -> MivpgForConditionalGeneration:
         text_config=LANGUAGE_MODELS[language].to_dict(),
         image_token_index=IMAGE_TOKEN_ID,
     )
-    with DEVICE, torch.no_grad():
+    with DEVICE:
         model = MivpgForConditionalGeneration(MivpgConfig.from_blip2(blip2, **options))
-        for parameter in model.parameters():
-            if not parameter.any():  # what starts as the identity
-                parameter.normal_(0.0, 0.02)
+    draw_zeros(model)
     model.vision_model.to(torch.bfloat16)
     model.language_model.to(torch.bfloat16)
     model.freeze()

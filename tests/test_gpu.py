@@ -25,7 +25,7 @@ from mivpg.miniature import BASE_MODEL
 from mivpg.miniature.catalogue import make_catalogue
 from mivpg.training import ModelConfig
 from test_aggregators import IN_PLACE, LENGTHS, make_bags, options_of
-from test_modeling import drawn, pictures
+from test_modeling import assert_says_what_blip2_says, drawn, pictures
 from test_training import logged
 from tiny import (
     INSTANCE_CORRELATIONS,
@@ -52,6 +52,14 @@ def to_device(batch) -> dict:
     return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
+def prompts_and_gradients(model, *bags) -> dict[str, torch.Tensor]:
+    """On the CPU: what bags give, as `prompts`, and the gradient of its square by parameter."""
+    prompts = model.get_visual_prompts(*bags).embeds
+    prompts.square().sum().backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {"prompts": prompts.detach().cpu(), **gradients}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("language", ["opt", "t5"])
 def test_everything_off_is_blip2(language, attention, tmp_path):
@@ -65,14 +73,7 @@ def test_everything_off_is_blip2(language, attention, tmp_path):
         Blip2Processor.from_pretrained(folder)(images=pictures(3), text=text, return_tensors="pt", padding=True)
     )
     as_bags = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
-    labels = inputs["input_ids"] % 200 + 3
-    with torch.no_grad():
-        expected, result = blip2(**inputs, labels=labels), mivpg(**as_bags, labels=labels)
-    assert torch.equal(result.logits, expected.logits)
-    assert torch.equal(result.loss, expected.loss)
-    for options in ({}, {"num_beams": 3}):
-        expected_ids = blip2.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
-        assert torch.equal(mivpg.generate(**as_bags, max_new_tokens=12, do_sample=False, **options), expected_ids)
+    assert_says_what_blip2_says(mivpg, blip2, as_bags, inputs, labels=inputs["input_ids"] % 200 + 3)
 
 
 @pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
@@ -85,10 +86,9 @@ def test_prompts_and_gradients_are_the_cpus(pooling, correlation, encoding, reco
     found = []
     for device in ("cpu", DEVICE):
         model = tiny_model(tiny_config(pooling, correlation, encoding)).double().to(device)
-        prompts = model.get_visual_prompts(image_embeds.double().to(device), image_mask.to(device), coords.to(device))
-        prompts.embeds.square().sum().backward()
-        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        found.append({"prompts": prompts.embeds.detach().cpu(), **gradients})
+        found.append(
+            prompts_and_gradients(model, image_embeds.double().to(device), image_mask.to(device), coords.to(device))
+        )
     expected, result = found
     assert expected.keys() == result.keys() and len(expected) > 10
     apart = max(((result[name] - expected[name]).abs().max() / (1 + expected[name].abs().max())) for name in expected)
@@ -111,10 +111,7 @@ def test_prompts_and_gradients_of_a_large_bag_are_the_cpus(num_instances, encodi
     found = []
     for device in ("cpu", DEVICE):
         model = tiny_model(tiny_config("cls", "csa", encoding, hidden_size=64)).double().to(device)
-        prompts = model.get_visual_prompts(image_embeds.to(device), image_coords=coords.to(device)).embeds
-        prompts.square().sum().backward()
-        gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        found.append({"prompts": prompts.detach().cpu(), **gradients})
+        found.append(prompts_and_gradients(model, image_embeds.to(device), None, coords.to(device)))
     assert bool(folded) == (num_instances > 2048)
     expected, result = found
     assert expected.keys() == result.keys() and len(expected) > 10

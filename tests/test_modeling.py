@@ -71,6 +71,18 @@ def blip2_folder(request, tmp_path_factory) -> Path:
     return save_blip2(tmp_path_factory.mktemp("blip2") / request.param, request.param)
 
 
+def assert_says_what_blip2_says(mivpg, blip2, as_bags, inputs, labels):
+    """Logits, loss and tokens, bit for bit; `as_bags` are `inputs` as bags of one image. MIVPG's output is returned."""
+    with torch.no_grad():
+        expected, result = blip2(**inputs, labels=labels), mivpg(**as_bags, labels=labels)
+    assert torch.equal(result.logits, expected.logits)
+    assert torch.equal(result.loss, expected.loss)
+    for options in ({}, {"num_beams": 3}):
+        expected_ids = blip2.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
+        assert torch.equal(mivpg.generate(**as_bags, max_new_tokens=12, do_sample=False, **options), expected_ids)
+    return result
+
+
 class TestBlip2:
     """MIVPG with everything off is BLIP-2."""
 
@@ -86,13 +98,7 @@ class TestBlip2:
         labels = torch.randint(3, 250, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(0))
         labels[1, :4] = -100
         as_bags = inputs | {"pixel_values": inputs["pixel_values"][:, None]}
-        with torch.no_grad():
-            expected, result = blip2(**inputs, labels=labels), mivpg(**as_bags, labels=labels)
-        assert torch.equal(result.logits, expected.logits)
-        assert torch.equal(result.loss, expected.loss)
-        for options in ({}, {"num_beams": 3}):
-            expected_ids = blip2.generate(**inputs, max_new_tokens=12, do_sample=False, **options)
-            assert torch.equal(mivpg.generate(**as_bags, max_new_tokens=12, do_sample=False, **options), expected_ids)
+        result = assert_says_what_blip2_says(mivpg, blip2, as_bags, inputs, labels)
         # The control: these logits do depend on the picture and on the Q-Former.
         with torch.no_grad():
             other = mivpg(**as_bags | {"pixel_values": as_bags["pixel_values"].flip(0)}, labels=labels)
