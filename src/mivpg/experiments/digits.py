@@ -109,7 +109,7 @@ class DigitsConfig:
     num_train_bags: tuple[int, ...] = (50, 100, 200, 400)
     num_test_bags: int = 1000
     num_seeds: int = 3
-    num_steps: Mapping[Task, int] = field(default_factory=lambda: {"contains": 600, "repeats": 1200})
+    num_steps: Mapping[Task, int] = field(default_factory=lambda: {"contains": 600, "repeats": 800})
     """Of the optimizer, whatever the number of bags."""
     batch_size: int = 16
     learning_rate: float = 5e-4
