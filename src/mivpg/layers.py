@@ -410,8 +410,17 @@ INSTANCE_CORRELATIONS: dict[str, type[nn.Module]] = {
 # ── Small pieces ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def gather_real(bags: Tensor, image_mask: Tensor | None) -> Tensor:
+    """The real images (n, …) of bags (B, N, …), in order; without a copy where all are real."""
+    if image_mask is None or image_mask.all():
+        return bags.flatten(0, 1)
+    return bags[image_mask.bool()]
+
+
 def scatter_real(values: Tensor, image_mask: Tensor) -> Tensor:
     """Puts what was computed for real images (n, …) back into bags (B, N, …) whose padding is zero."""
+    if len(values) == image_mask.numel():
+        return values.unflatten(0, image_mask.shape)
     bags = values.new_zeros(*image_mask.shape, *values.shape[1:])
     return bags.masked_scatter(image_mask.bool().reshape(*image_mask.shape, *[1] * (values.ndim - 1)), values)
 

@@ -49,6 +49,7 @@ from mivpg.layers import (
     InducedSelfAttention,
     PatchGrid,
     PyramidPositionEncoding,
+    gather_real,
     lattice_cells,
     scatter_real,
 )
@@ -299,7 +300,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             raise MivpgError("This model has no vision model (config.vision_config is None): pass image_embeds.")
         if pixel_values.ndim != 5:
             raise MivpgError(f"pixel_values are bags of images (B, N, 3, h, w); these are {tuple(pixel_values.shape)}.")
-        real = pixel_values.flatten(0, 1) if image_mask is None else pixel_values[image_mask.bool()]
+        real = gather_real(pixel_values, image_mask)  # (n, 3, h, w)
         interpolate_pos_encoding = interpolate_pos_encoding or self.config.image_size is not None
         options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
         trains = any(parameter.requires_grad for parameter in self.vision_model.parameters())
@@ -335,29 +336,32 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 raise MivpgError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
             if not image_mask.bool().any(dim=1).all():
                 raise MivpgError("A bag without a real image: a row of image_mask is zero throughout.")
-        instances = image_embeds.to(self.prompt_dtype)
         pooling = self.config.patch_pooling
-        if pooling == "none":
-            if image_mask is None:
-                return self.project_instances(instances).flatten(1, 2), None  # (B, N*P, D)
-            # Real images alone: what stands in padding, be it NaN, is in no sum and in no gradient.
-            real = self.project_instances(instances[image_mask.bool()])  # (n, P, D)
-            instance_mask = image_mask.repeat_interleave(image_embeds.shape[2], dim=1)
-            return scatter_real(real, image_mask).flatten(1, 2), instance_mask
-        images = instances.flatten(0, 1) if image_mask is None else instances[image_mask.bool()]  # (n, P, D)
         if pooling == "cls":
-            pooled = images[:, 0]
-        elif pooling == "mean":
-            pooled = images.mean(dim=1)
-        elif pooling == "max":
-            pooled = images.amax(dim=1)
+            image_embeds = image_embeds[:, :, :1]
+        # Real images alone: what stands in padding, be it NaN, is in no sum and in no gradient.
+        real = gather_real(image_embeds, image_mask).to(self.prompt_dtype)  # (n, P, D)
+        if pooling == "none":
+            instances = self.project_instances(real)
+            instance_mask = None if image_mask is None else image_mask.repeat_interleave(real.shape[1], dim=1)
         else:
-            assert self.patch_pooling is not None
-            pooled = self.patch_pooling(images)
-        pooled = self.project_instances(pooled)  # (n, D)
+            instances = self.project_instances(self.pool_patches(real))[:, None]  # (n, 1, D)
+            instance_mask = image_mask
         if image_mask is None:
-            return pooled.unflatten(0, image_embeds.shape[:2]), None
-        return scatter_real(pooled, image_mask), image_mask
+            return instances.unflatten(0, image_embeds.shape[:2]).flatten(1, 2), None
+        return scatter_real(instances, image_mask).flatten(1, 2), instance_mask
+
+    def pool_patches(self, images: Tensor) -> Tensor:
+        """One instance an image: (n, P, D) -> (n, D)."""
+        pooling = self.config.patch_pooling
+        if pooling == "cls":
+            return images[:, 0]
+        if pooling == "mean":
+            return images.mean(dim=1)
+        if pooling == "max":
+            return images.amax(dim=1)
+        assert self.patch_pooling is not None
+        return self.patch_pooling(images)
 
     def get_pooled_images(self, image_embeds: Tensor, image_mask: Tensor | None) -> Tensor:
         """The instances of each bag, image by image: (B, N, 1, D) where patches are pooled, else (B, N, P, D)."""
