@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from mivpg.bags import one_pair_a_reference, select
 from mivpg.baselines.backbones import Backbone, load_backbone, slide_features
 from mivpg.baselines.pretraining import RECORD_FILE, PretrainingConfig, pretrain_backbone
 from mivpg.baselines.training import stored_features
@@ -253,6 +254,8 @@ class ExperimentData:
     stored: dict[DataName, Mapping[str, Sequence[Path]]] = field(default_factory=dict)
     """The features file of each bag, as the main base's vision model sees it."""
     backbones: dict[BackboneName, Backbone] = field(default_factory=dict)
+    num_train_pairs: dict[tuple[DataName, int, int | None], int] = field(default_factory=dict)
+    """Of a data set, by seed and the number asked for."""
 
     def root(self, name: DataName) -> Path:
         """The folder with a data set's own files."""
@@ -292,6 +295,14 @@ class ExperimentData:
         if name == "slides":
             return DatasetConfig(patch_gastric=PatchGastricConfig(root=root, split_seed=seed), features=features)
         return DatasetConfig(coco=CocoConfig(root=root, num_train_pairs=num_pairs, subset_seed=seed), features=features)
+
+    def count_train_pairs(self, name: DataName, seed: int, num_pairs: int | None) -> int:
+        """How many pairs of a bag and a reference a run trains on; counted once for all its arms."""
+        key = (name, seed, num_pairs)
+        if key not in self.num_train_pairs:
+            samples = self.dataset(name, "pixels", seed, num_pairs).load()
+            self.num_train_pairs[key] = len(one_pair_a_reference(select(samples, "train")))
+        return self.num_train_pairs[key]
 
     def prepare(self, name: DataName, view: View, base: BaseName = "main") -> None:
         """Draws what is to be drawn, and fills the store.

@@ -20,7 +20,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mivpg.bags import one_pair_a_reference, select
 from mivpg.baselines.training import BaselineConfig
 from mivpg.errors import MivpgError
 from mivpg.experiments.data import PROMPT, SCALES, BaseName, DataName, ExperimentData, View
@@ -240,7 +239,7 @@ def _fine_tuning(data: ExperimentData, arm: Arm, seed: int, *, measures_cost: bo
         save_total_limit=1,
         **settings.training,
     )
-    num_pairs = len(one_pair_a_reference(select(dataset.load(), "train")))
+    num_pairs = data.count_train_pairs(arm.data, seed, arm.num_pairs)
     num_steps = training.num_train_epochs * math.ceil(num_pairs / training.batch_size) if arm.trains else 0
     made_of = {
         "base": data.weights_of_base(arm.base),
