@@ -75,7 +75,8 @@ def test_the_experiment(tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "digits.csv").open()))
     assert len(rows) == 2 * 2 * 2 * 2
     assert (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")
-    assert "MIVPG" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "MIVPG" in page and "data:image/png" in page
     files = sorted((tmp_path / "out" / "classifiers").iterdir())
     times = [file.stat().st_mtime_ns for file in files[1:]]
     files[0].unlink()

@@ -33,7 +33,7 @@ from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
 from mivpg.experiments.runner import num_cores
 from mivpg.files import refuse_used, write_whole
-from mivpg.report import Table, Text, markdown_table, spread, write_report
+from mivpg.report import Picture, Table, Text, markdown_table, spread, write_report
 from mivpg.training import QFormerSizes
 
 Task = Literal["contains", "repeats"]
@@ -230,8 +230,8 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
         if (file := _file(out, arm, task, number, seed)).exists():
             of_seeds.append(json.loads(file.read_text(encoding="utf-8")))
     write_whole(out / "digits.json", json.dumps(results, indent=2) + "\n")
-    _write_tables(out, config, results)
     write_whole(out / "digits.png", draw_digits(config, results))
+    _write_tables(out, config, results)
     if failures:
         raise MivpgError(f"{len(failures)} classifiers failed, and the tables go without them; first {failures[0]}")
     return results
@@ -304,7 +304,8 @@ TITLES = {
 def _write_tables(out: Path, config: DigitsConfig, results: Mapping[str, Any]) -> None:
     columns = ["", *(f"{number} bags" for number in config.num_train_bags)]
     lines: list[str] = []
-    parts: list[Any] = []
+    alt = "AUC over the number of training bags, a line an aggregator; the tables below have the numbers"
+    parts: list[Any] = [Picture(title="At a glance", png=(out / "digits.png").read_bytes(), alt=alt)]
     for (task, metric), title in TITLES.items():
         rows = _rows(config, results, task, metric)
         lines += [f"## {title}", "", *markdown_table(columns, rows), ""]
@@ -358,7 +359,8 @@ def draw_digits(config: DigitsConfig, results: Mapping[str, Any]) -> bytes:
                 color=COLORS[index % len(COLORS)],
                 label=arm.title,
             )
-        axes.set(xscale="log", xlabel="training bags", title=title)
+        axes.set(xscale="log", xlabel="training bags")
+        axes.set_title(title, fontsize="medium")
         axes.set_xticks(config.num_train_bags, [str(number) for number in config.num_train_bags])
         axes.minorticks_off()
         axes.axhline(0.5, color="grey", linewidth=0.8)
