@@ -160,6 +160,16 @@ def test_the_command_says_that_something_failed(whole):
     assert [name for name, found in results.items() if has_failed(found)] == ["table3"]
 
 
+def test_pairs_are_counted_once_for_each_number_that_is_asked_for(tmp_path, caplog):
+    found = ExperimentData(scale=tiny_scale(), out=tmp_path)
+    for name in ("products", "scenes"):
+        found.prepare(name, "pixels")
+    assert [found.count_train_pairs("scenes", 0, number) for number in (16, 32)] == [16, 32]
+    caplog.set_level("INFO", logger="mivpg")
+    assert found.count_train_pairs("products", 0, None) == found.count_train_pairs("products", 0, None) > 16
+    assert len([line for line in caplog.messages if "items with captions" in line]) == 1
+
+
 def test_arms_on_other_data_go_on(tmp_path, capsys):
     """One data set is there, another is not, and a base is not: what can run is made ready and named."""
     root = tmp_path / "root"
