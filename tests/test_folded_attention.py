@@ -90,6 +90,25 @@ def test_attention_maps_are_the_same(monkeypatch, implementation):
         assert (one * (1 - image_mask[:, None, None])).abs().max() < 1e-6  # padding is not looked at
 
 
+def test_attention_maps_have_the_gradients_of_straightforward_ones(monkeypatch):
+    """Alone, and beside what was read."""
+    attention = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].crossattention.attention
+    attention.config._attn_implementation = "eager"
+    queries, instances = torch.randn(2, 5, 16).double(), torch.randn(2, 7, 12).double().requires_grad_()
+    mask = torch.zeros(2, 1, 1, 7).double()
+    mask[1, ..., 4:] = -torch.inf
+
+    def run(part: slice) -> Tensor:
+        outputs = attention(queries, encoder_hidden_states=instances, encoder_attention_mask=mask)[part]
+        return torch.autograd.grad(sum(output.square().sum() for output in outputs), instances)[0]
+
+    parts = (slice(1, 2), slice(0, 2))
+    expected = [run(part) for part in parts]
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+    for part, gradient in zip(parts, expected, strict=True):
+        assert gradient.any() and (run(part) - gradient).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("part", ["csa", "cross-attention"])
 def test_dropped_weights_leave_the_mean_where_it_was(always_folded, part):
     """The mean over many draws is what comes without dropout, biases included; each draw is another."""
@@ -132,17 +151,48 @@ def test_under_bf16_autocast_it_differs_as_little_as_straightforward_attention_d
     assert folded < 1.5 * straightforward
 
 
-def test_gradients_under_dropout_are_those_of_finite_differences(always_folded):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_it_computes_the_same(monkeypatch, batch_size):
+    """A block as one graph, whatever the size of the bag; `aot_eager` needs no C++ compiler."""
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+    monkeypatch.setattr(folded_attention, "CHUNK", 2)
+    layer = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].train()
+
+    def run(block, num_instances: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(num_instances)
+        queries = torch.randn(batch_size, 5, 16, dtype=torch.float64, generator=generator).requires_grad_()
+        instances = torch.randn(
+            batch_size, num_instances, 12, dtype=torch.float64, generator=generator
+        ).requires_grad_()
+        layer.zero_grad()
+        outputs = block(queries, instances, queries)
+        sum(output.square().sum() for output in outputs).backward()
+        return [*outputs, queries.grad, instances.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    try:
+        for num_instances in (7, 9):
+            for one, other in zip(run(compiled, num_instances), run(layer, num_instances), strict=True):
+                assert (one - other).abs().max() < 1e-10
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("part", ["csa", "cross-attention"])
+def test_gradients_under_dropout_are_those_of_finite_differences(always_folded, part):
     """The same weights are dropped in each call."""
     torch.manual_seed(0)
-    correlation = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].instance_correlation.double().train()
-    correlation.attention_dropout = 0.4
+    model = model_of(Setting("cls", "csa", "none")).qformer.encoder.layer[2].double().train()
+    correlation, attention = model.instance_correlation, model.crossattention.attention
+    correlation.attention_dropout = attention.attention_dropout = 0.4
     queries = torch.randn(1, 2, 16, dtype=torch.float64, requires_grad=True)
     instances = torch.randn(1, 3, correlation.query.in_features, dtype=torch.float64, requires_grad=True)
 
     def run(instances: Tensor, queries: Tensor) -> Tensor:
         torch.manual_seed(1)
-        return correlation(instances, None, queries, queries)
+        if part == "csa":
+            return correlation(instances, None, queries, queries)
+        return attention(queries, encoder_hidden_states=instances)[0]
 
     assert torch.autograd.gradcheck(run, (instances, queries))
 

@@ -11,7 +11,6 @@ for each bag, while a projection is shared by a batch.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
 
 FOLD_FROM = 2048
@@ -73,7 +72,8 @@ def instances_ask(
 class _InstancesAsk(torch.autograd.Function):
     """`x + dropout(softmax_by_head(x key^T + key_bias)) value + bias`; of what it computes it keeps the weights alone.
 
-    Instances are taken `CHUNK` at a time, into tensors that are there before, so that nothing else has a bag's size.
+    Instances are taken `CHUNK` of a bag at a time, into tensors that are there before, so that nothing else has a bag's
+    size. Bag by bag, since only then is a chunk contiguous: `torch.compile` takes no other `out`.
     """
 
     @staticmethod
@@ -85,18 +85,18 @@ class _InstancesAsk(torch.autograd.Function):
         size = (*instances.shape[:2], key.shape[1]) if keep else (0,)
         weights = instances.new_empty(size, dtype=dtype)
         is_kept = instances.new_empty(size if dropout else (0,), dtype=torch.bool)
-        for part in _parts(instances):
-            chunk = instances[:, part]
-            scores = torch.baddbmm(key_bias[:, None], chunk.to(dtype), key.mT).unflatten(2, (num_heads, -1))
-            attention = scores.softmax(dim=-1, dtype=torch.promote_types(dtype, torch.float32)).flatten(2).to(dtype)
+        for row, part in _parts(instances):
+            chunk = instances[row, part]  # (m, D)
+            scores = torch.addmm(key_bias[row], chunk.to(dtype), key[row].mT).unflatten(1, (num_heads, -1))
+            attention = scores.softmax(dim=-1, dtype=torch.promote_types(dtype, torch.float32)).flatten(1).to(dtype)
             if keep:
-                weights[:, part] = attention
+                weights[row, part] = attention
             if dropout:
                 chunk_is_kept = torch.rand_like(attention, dtype=torch.float32) >= dropout
                 attention = attention * chunk_is_kept / (1 - dropout)
                 if keep:
-                    is_kept[:, part] = chunk_is_kept
-            torch.add(chunk, torch.baddbmm(bias, attention, value), out=updated[:, part])
+                    is_kept[row, part] = chunk_is_kept
+            torch.add(chunk, torch.addmm(bias, attention, value[row]), out=updated[row, part])
         ctx.save_for_backward(instances, key, value, weights, is_kept)
         ctx.num_heads, ctx.dropout = num_heads, dropout
         return updated
@@ -111,24 +111,73 @@ class _InstancesAsk(torch.autograd.Function):
         sum_dtype = torch.promote_types(dtype, torch.float32)
         grad_key, grad_value = (torch.zeros_like(states, dtype=sum_dtype) for states in (key, value))
         grad_key_bias = key.new_zeros(key.shape[:2], dtype=sum_dtype)
-        for part in _parts(instances):
-            grad_chunk, attention = grad[:, part].to(dtype), weights[:, part]
-            grad_attention = grad_chunk @ value.mT  # (B, m, A R)
+        for row, part in _parts(instances):
+            grad_chunk, attention = grad[row, part].to(dtype), weights[row, part]
+            grad_attention = grad_chunk @ value[row].mT  # (m, A R)
             dropped = attention
             if ctx.dropout:
-                scale = is_kept[:, part].to(dtype) / (1 - ctx.dropout)
+                scale = is_kept[row, part].to(dtype) / (1 - ctx.dropout)
                 dropped, grad_attention = attention * scale, grad_attention * scale
-            grad_value += dropped.mT @ grad_chunk
+            grad_value[row] += dropped.mT @ grad_chunk
             grad_scores = torch._softmax_backward_data(
-                grad_attention.unflatten(2, (ctx.num_heads, -1)),
-                attention.unflatten(2, (ctx.num_heads, -1)),
+                grad_attention.unflatten(1, (ctx.num_heads, -1)),
+                attention.unflatten(1, (ctx.num_heads, -1)),
                 -1,
                 dtype,
-            ).flatten(2)
-            grad_key += grad_scores.mT @ instances[:, part].to(dtype)
-            grad_key_bias += grad_scores.sum(dim=1)
-            torch.add(grad[:, part], grad_scores @ key, out=grad_instances[:, part])
+            ).flatten(1)
+            grad_key[row] += grad_scores.mT @ instances[row, part].to(dtype)
+            grad_key_bias[row] += grad_scores.sum(dim=0)
+            torch.add(grad[row, part], grad_scores @ key[row], out=grad_instances[row, part])
         return grad_instances, grad_key, grad_key_bias, grad_value, grad.sum(dim=(0, 1)), None, None, None
+
+
+class _QueriesAsk(torch.autograd.Function):
+    """`dropout(softmax(query x^T + query_bias)) x`; of a bag's size it makes nothing but the instances' gradient."""
+
+    @staticmethod
+    def forward(ctx, instances, query, query_bias, mask, num_heads: int, dropout: float):
+        """Instances (B, M, D), query (B, A R, D), query_bias (B, A R), mask as transformers makes it.
+
+        Returns:
+            What is read (B, A, R, D), the sum of the weights that were not dropped (B, A, R), all weights (B, A, R, M).
+        """
+        dtype = _compute_dtype(instances)
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        query, query_bias, states = query.to(dtype), query_bias.to(dtype), instances.to(dtype)
+        scores = torch.baddbmm(query_bias[:, :, None], query, states.mT).unflatten(1, (num_heads, -1))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        weights = scores.softmax(dim=-1, dtype=sum_dtype).to(dtype)
+        kept, is_kept = weights, None
+        if dropout:
+            is_kept = torch.rand_like(weights, dtype=torch.float32) >= dropout
+            kept = weights * is_kept / (1 - dropout)
+        read = (kept.flatten(1, 2) @ states).unflatten(1, (num_heads, -1))
+        ctx.save_for_backward(instances, query, weights, is_kept)
+        ctx.dropout = dropout
+        ctx.set_materialize_grads(False)  # nothing asks for a gradient of the weights, as a rule
+        return read, kept.sum(dim=-1, dtype=sum_dtype), weights
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_read, grad_sum, grad_weights):
+        """Of instances, query and query_bias."""
+        instances, query, weights, is_kept = ctx.saved_tensors
+        if grad_read is None:  # the weights alone were asked for
+            grad_read = query.new_zeros(*weights.shape[:3], query.shape[2])
+            grad_sum = query.new_zeros(weights.shape[:3])
+        states, grad_read, weights = instances.to(weights.dtype), grad_read.flatten(1, 2), weights.flatten(1, 2)
+        grad = grad_read @ states.mT  # (B, A R, M)
+        grad += grad_sum.flatten(1)[:, :, None]
+        kept = weights
+        if is_kept is not None:
+            scale = is_kept.flatten(1, 2).to(weights.dtype) / (1 - ctx.dropout)
+            kept, grad = weights * scale, grad * scale
+        if grad_weights is not None:
+            grad += grad_weights.flatten(1, 2)
+        grad_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
+        grad_instances = (grad_scores.mT @ query).baddbmm_(kept.mT, grad_read)
+        return grad_instances.to(instances.dtype), grad_scores @ states, grad_scores.sum(dim=-1), None, None, None
 
 
 class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
@@ -155,24 +204,25 @@ class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
             # The same for all instances, so it changes nothing; but what is not in the graph gets no gradient.
             query_bias = (query.to(weight.dtype) @ bias[:, :, None]).flatten(1)  # (B, A R)
             query_bias, folded_query = query_bias * self.scaling, folded_query * self.scaling
-        scores = torch.baddbmm(query_bias[:, :, None], folded_query, instances.mT)  # (B, A R, M)
-        scores = scores.unflatten(1, (self.num_attention_heads, -1))
-        if encoder_attention_mask is not None:
-            mask = encoder_attention_mask
-            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        weights = scores.softmax(dim=-1)
-        kept = F.dropout(weights, self.attention_dropout if self.training else 0.0)
-        read = (kept.flatten(1, 2) @ instances).unflatten(1, (self.num_attention_heads, -1))  # (B, A, R, D)
+        read, kept, weights = _QueriesAsk.apply(
+            instances,
+            folded_query,
+            query_bias,
+            encoder_attention_mask,
+            self.num_attention_heads,
+            self.attention_dropout if self.training else 0.0,
+        )
         with _in_float32(instances):
             weight, bias = _by_head(self.value, self.num_attention_heads)
             # Weights that were dropped sum to another number than one, by which the bias counts.
-            states = read.to(weight.dtype) @ weight.mT + kept.to(weight.dtype).sum(dim=-1, keepdim=True) * bias[:, None]
+            states = read.to(weight.dtype) @ weight.mT + kept.to(weight.dtype)[..., None] * bias[:, None]
         return states.transpose(1, 2).flatten(2), weights
 
 
-def _parts(instances: Tensor) -> list[slice]:
-    """Where each chunk of (B, M, D) lies."""
-    return [slice(start, start + CHUNK) for start in range(0, instances.shape[1], CHUNK)]
+def _parts(instances: Tensor) -> list[tuple[int, slice]]:
+    """Where each chunk of (B, M, D) lies: its bag, and its instances."""
+    batch_size, num_instances = instances.shape[:2]
+    return [(row, slice(start, start + CHUNK)) for row in range(batch_size) for start in range(0, num_instances, CHUNK)]
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:
