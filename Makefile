@@ -2,8 +2,10 @@
 export PYTHON ?= python3
 
 DEMO ?= runs/demo
+BENCH ?= runs/bench.md
+BENCH ?= runs/bench.md
 
-.PHONY: help install demo check format test test-all test-gpu clean
+.PHONY: help install demo check format test test-all test-gpu bench clean
 
 help:
 	@echo "make install   .venv with the package and its development tools"
@@ -12,6 +14,8 @@ help:
 	@echo "make test      the tests (under 8 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
 	@echo "make test-gpu  those that need a GPU"
+	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
+	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
 	@echo "make format    formatting and what lint can mend"
 
 install:
@@ -35,6 +39,14 @@ test-all: install
 
 test-gpu: install
 	bash .ci/test gpu
+
+bench: install
+	mkdir -p $(dir $(BENCH))
+	bash -o pipefail -c 'bash .ci/bench | tee $(BENCH)'
+
+bench: install
+	mkdir -p $(dir $(BENCH))
+	bash .ci/bench | tee $(BENCH)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info
