@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,12 +109,18 @@ class Killed(Exception):
     pass
 
 
+def largest_first(samples: list[Sample]) -> list[int]:
+    """The order in which bags are captioned; those of one size stay in theirs."""
+    return sorted(range(len(samples)), key=lambda i: (-len(samples[i].images), i))
+
+
 def interrupted(samples, out, num_lines: int, torn: bytes = b"", model: FakeModel | None = None, **options) -> None:
     """Leaves what a run that was killed leaves: so many of the lines that it would have written, and a piece of one."""
     unbroken = out.with_name("unbroken-" + out.name)
     write_captions(samples, unbroken, **options)
     lines = unbroken.read_bytes().splitlines(keepends=True)
     unbroken.unlink()
+    lines = [lines[i] for i in largest_first(samples)]
 
     class KilledModel(FakeModel):
         def generate(self, **inputs):
@@ -155,10 +162,44 @@ def test_the_mode_is_kept_when_generating_fails(tmp_path):
 def test_file_holds_a_line_a_bag_in_order(tmp_path):
     samples = write_samples(tmp_path, 10)
     assert write_captions(samples, tmp_path / "new" / "captions.jsonl") == counts(10)
+    last_batch = (6, 9)  # of the smallest bags
     assert lines_of(tmp_path / "new" / "captions.jsonl") == [
-        {"id": f"bag {i}", "caption": f"{i} {1 + i % 3} 10 {4 if i < 8 else 2} 7"} for i in range(10)
+        {"id": f"bag {i}", "caption": f"{i} {1 + i % 3} 10 {2 if i in last_batch else 4} 7"} for i in range(10)
     ]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["captions.jsonl"]
+
+
+def test_little_of_a_batch_is_padding(tmp_path):
+    """Of images in order a third would be; the largest bags come first."""
+    samples = write_samples(tmp_path, 60)
+    model = FakeModel()
+    sizes: list[list[int]] = []
+
+    def generate(pixel_values, **inputs):
+        sizes.append(pixel_values[:, 1].tolist())
+        return FakeModel.generate(model, pixel_values, **inputs)
+
+    model.generate = generate
+    write_captions(samples, tmp_path / "out.jsonl", model)
+    assert [size for batch in sizes for size in batch] == [3] * 20 + [2] * 20 + [1] * 20
+    assert sum(max(batch) * len(batch) for batch in sizes) == sum(len(sample.images) for sample in samples)
+
+
+def test_bags_of_features_go_by_their_headers_and_one_without_comes_last(tmp_path):
+    samples = []
+    for i, num_images in enumerate([1, 5, 2, 3]):
+        np.save(tmp_path / f"{i}.npy", np.full((num_images, 2, 3), i, dtype=np.float32))
+        samples.append(Sample(id=str(i), features=tmp_path / f"{i}.npy"))
+    (tmp_path / "2.npy").write_bytes(b"no features")
+    interrupted(samples, tmp_path / "out.jsonl", num_lines=0, batch_size=1)
+    with pytest.raises(BagError, match="bag '2'"):
+        write_captions(samples, tmp_path / "out.jsonl", strict=True, batch_size=1)
+    partial = lines_of(tmp_path / "out.jsonl.partial")
+    assert [line["id"] for line in partial] == ["1", "3", "0"]
+
+    np.save(tmp_path / "2.npy", np.full((4, 2, 3), 2, dtype=np.float32))  # mended, it would be the second
+    assert write_captions(samples, tmp_path / "out.jsonl", strict=True, batch_size=1) == counts(4, num_resumed=3)
+    assert [line["id"] for line in lines_of(tmp_path / "out.jsonl")] == ["0", "1", "2", "3"]
 
 
 def test_captions_are_utf8_and_one_line_each(tmp_path, monkeypatch):
@@ -222,8 +263,9 @@ def test_partial_file_is_cut_to_whole_batches(tmp_path, num_lines, torn):
     write_captions(samples, tmp_path / "unbroken.jsonl")
     interrupted(samples, tmp_path / "out.jsonl", num_lines, torn)
     model = FakeModel()
-    assert write_captions(samples, tmp_path / "out.jsonl", model).num_resumed == num_lines // 4 * 4
-    assert model.num_captioned == 10 - num_lines // 4 * 4
+    num_kept = 10 if num_lines == 10 else num_lines // 4 * 4
+    assert write_captions(samples, tmp_path / "out.jsonl", model).num_resumed == num_kept
+    assert model.num_captioned == 10 - num_kept
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
 
@@ -231,10 +273,18 @@ def test_partial_file_is_cut_to_whole_batches(tmp_path, num_lines, torn):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"id": "bag 0", "caption": ""}', '{"id": "bag 2"}'], r"line 2: found '\{\"id\": .* expected bag 'bag 1'; "),
-        (["no JSON"], "line 1: found 'no JSON', expected bag 'bag 0'; "),
-        (["[1]"], r"line 1: found '\[1\]', expected bag 'bag 0'; "),
-        ([f'{{"id": "bag {i}"}}' for i in range(3)], "line 3: found .* expected no more bags; "),
+        (
+            ['{"id": "bag 0", "caption": ""}', '{"id": "bag 2"}'],
+            r"line 2: found '\{\"id\": .* expected one of the 1 bags ",
+        ),
+        (['{"id": "bag 1"}', '{"id": "bag 1"}'], "line 2: found .* expected one of the 1 bags that have no line yet; "),
+        (["no JSON"], "line 1: found 'no JSON', expected one of the 2 bags that have no line yet; "),
+        (["[1]"], r"line 1: found '\[1\]', expected one of the 2 bags that have no line yet; "),
+        (['{"id": ["bag 1"]}'], "line 1: found .*, expected one of the 2 bags that have no line yet; "),
+        (
+            [f'{{"id": "bag {i}"}}' for i in range(3)],
+            "line 3: found .* expected one of the 0 bags that have no line yet; ",
+        ),
     ],
 )
 def test_partial_file_of_another_run(tmp_path, lines, message):
@@ -346,6 +396,29 @@ def test_a_kill_while_the_author_is_noted_leaves_the_old_note(tmp_path, monkeypa
     assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_resumed=8)
 
 
+def test_a_kill_after_the_last_caption_leaves_nothing_to_caption(tmp_path, monkeypatch):
+    """Neither before the lines are put in the order of the samples nor after it."""
+    samples = write_samples(tmp_path, 10)
+    write_captions(samples, tmp_path / "unbroken.jsonl")
+    for number, method in enumerate(("replace", "rename")):
+        out = tmp_path / f"{number}.jsonl"
+        original = getattr(Path, method)
+
+        def kill(path, target, original=original, out=out):
+            if path.name.startswith(f"{out.name}.partial") and not path.name.endswith(".json.partial"):
+                raise Killed
+            return original(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, kill)
+            with pytest.raises(Killed):
+                write_captions(samples, out)
+        model = FakeModel()
+        assert write_captions(samples, out, model) == counts(10, num_resumed=10)
+        assert model.num_captioned == 0
+        assert out.read_bytes() == (tmp_path / "unbroken.jsonl").read_bytes()
+
+
 def test_a_smaller_batch_goes_on(tmp_path):
     samples = write_samples(tmp_path, 10)
     interrupted(samples, tmp_path / "out.jsonl", num_lines=8)
@@ -366,15 +439,16 @@ def spoil(samples: list[Sample], *indices: int) -> None:
 
 def test_bad_bags_are_reported_and_passed_over(tmp_path, caplog):
     samples = write_samples(tmp_path, 10)
-    spoil(samples, 1, 4, 5, 6, 7)  # the second batch is bad as a whole
-    samples[9].images[0].unlink()
+    spoil(samples, 1, 4, 5, 6, 7)
+    samples[9].images[0].unlink()  # the last batch, bags 6 and 9, is bad as a whole
     with caplog.at_level(logging.WARNING, logger="mivpg.captioning"):
         assert write_captions(samples, tmp_path / "out.jsonl") == counts(10, num_failed=6)
     lines = lines_of(tmp_path / "out.jsonl")
     assert [line["id"] for line in lines] == [sample.id for sample in samples]
     assert [i for i, line in enumerate(lines) if "error" in line] == [1, 4, 5, 6, 7, 9]
     assert [line["caption"].split()[0] for line in lines if "caption" in line] == ["0", "2", "3", "8"]
-    assert [record.getMessage() for record in caplog.records] == [line["error"] for line in lines if "error" in line]
+    errors = [lines[i]["error"] for i in largest_first(samples) if "error" in lines[i]]
+    assert [record.getMessage() for record in caplog.records] == errors
     assert all(f"'{line['id']}'" in line["error"] and "\n" not in line["error"] for line in lines if "error" in line)
 
 
@@ -390,13 +464,13 @@ def test_failed_bags_of_the_interrupted_run_are_counted(tmp_path):
 def test_strict_stops_at_the_first_bad_bag_and_goes_on_when_it_is_good(tmp_path):
     samples = write_samples(tmp_path, 10)
     write_captions(samples, tmp_path / "good.jsonl")
-    good_picture = samples[5].images[-1].read_bytes()
-    spoil(samples, 5)
-    with pytest.raises(BagError, match="bag 5"):
+    good_picture = samples[7].images[-1].read_bytes()
+    spoil(samples, 7)  # in the second batch
+    with pytest.raises(BagError, match="bag 7"):
         write_captions(samples, tmp_path / "out.jsonl", strict=True)
     assert not (tmp_path / "out.jsonl").exists()
 
-    samples[5].images[-1].write_bytes(good_picture)
+    samples[7].images[-1].write_bytes(good_picture)
     assert write_captions(samples, tmp_path / "out.jsonl", strict=True) == counts(10, num_resumed=4)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "good.jsonl").read_bytes()
 
@@ -458,6 +532,25 @@ def test_images_are_read_ahead_but_not_far(tmp_path):
             time.sleep(0.001)
         assert len(opened) == min(number + 6, 27)  # those handed out and five more
     assert sorted(opened) == list(range(3, 30))
+
+
+def test_the_next_batch_is_made_into_tensors_while_the_model_writes(tmp_path):
+    collated = threading.Semaphore(0)
+
+    class Processor(FakeProcessor):
+        def __call__(self, **bags):
+            collated.release()
+            return super().__call__(**bags)
+
+    class Model(FakeModel):
+        def generate(self, **inputs):
+            if self.num_captioned == 0:
+                assert collated.acquire(timeout=10)  # its own batch
+                assert collated.acquire(timeout=10)  # the next one
+            return super().generate(**inputs)
+
+    captioned = caption_samples(Model(), Processor(), write_samples(tmp_path, 8), generation=GREEDY, batch_size=4)
+    assert len(dict(captioned)) == 8
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

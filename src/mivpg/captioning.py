@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from tqdm import tqdm
 
-from mivpg.bags import Bag, BagCollator, BagDataset, Sample
+from mivpg.bags import Bag, BagCollator, BagDataset, Sample, bag_size
 from mivpg.errors import BagError, MivpgError
 from mivpg.files import write_whole
 
@@ -41,8 +42,9 @@ MODEL_OPTIONS = (
 )
 """Fields of a model's config that decide what its captions are, and that its weights need not tell."""
 
-NUM_READERS = 4
-"""Threads that open images while the model writes; Pillow lets go of the interpreter while it decodes."""
+NUM_READERS = max(4, os.cpu_count() or 1)
+"""Threads that open images while the model is at work: a fast device sees as many photos as eight cores decode. Pillow
+lets go of the interpreter while it decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +94,28 @@ def caption_bags(
     Raises:
         BagError: The bags do not fit together, or the features of one do not fit the model.
     """
+    return _write(model, processor, _collate(model, processor, bags), **generate_kwargs)
+
+
+def _collate(
+    model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag]
+) -> Mapping[str, Tensor]:
+    """What `generate` reads of a batch."""
     width = model.config.image_embeds_size
     for bag in bags:
         if bag.image_embeds is not None and bag.image_embeds.shape[-1] != width:
             raise BagError(f"bag {bag.id!r}: features are {bag.image_embeds.shape[-1]} wide, the model takes {width}.")
-    inputs = {name: value.to(model.device) for name, value in BagCollator(processor, training=False)(bags).items()}
+    return BagCollator(processor, training=False)(bags)
+
+
+def _write(
+    model: "MivpgForConditionalGeneration",
+    processor: "MivpgProcessor",
+    inputs: Mapping[str, Tensor],
+    **generate_kwargs: Any,
+) -> list[str]:
+    """Captions of a batch."""
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
     was_training = model.training
     model.eval()
     try:
@@ -118,9 +137,10 @@ def caption_samples(
     batch_size: int = 8,
     start: int = 0,
 ) -> Generator[tuple[str, str | BagError], None, None]:
-    """Captions a data set in its order, with a progress bar on a terminal.
+    """Captions bags in the order given, with a progress bar on a terminal.
 
-    Images are read ahead while the model writes, at most one batch, so memory does not grow with the data set.
+    While the model writes, the next batch is made into tensors and the images of the one after it are read, so memory
+    does not grow with the data set.
 
     Args:
         model: As in `caption_bags`.
@@ -136,14 +156,26 @@ def caption_samples(
     """
     check_batch_size(batch_size)
     opened = _read_ahead(BagDataset(samples, prompt=prompt), start, batch_size)
+
+    def next_batch() -> tuple[list[tuple[str, Bag | BagError]], Mapping[str, Tensor] | BagError]:
+        batch = list(islice(opened, batch_size))
+        return batch, _collated(model, processor, [bag for _, bag in batch if isinstance(bag, Bag)])
+
     # disable=None: no bar where the output is not a terminal
-    with closing(opened), tqdm(total=len(samples), initial=start, unit="bag", disable=None) as progress:
-        while batch := list(islice(opened, batch_size)):
+    with (
+        closing(opened),
+        ThreadPoolExecutor(1) as collator,
+        tqdm(total=len(samples), initial=start, unit="bag", disable=None) as progress,
+    ):
+        batch, inputs = next_batch()
+        while batch:
+            following = collator.submit(next_batch)
             readable = [bag for _, bag in batch if isinstance(bag, Bag)]
-            results = iter(_caption_batch(model, processor, readable, generation))
+            results = iter(_caption_batch(model, processor, readable, inputs, generation))
             for bag_id, bag in batch:
                 yield bag_id, next(results) if isinstance(bag, Bag) else bag
                 progress.update()
+            batch, inputs = following.result()
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -172,19 +204,36 @@ def _read_ahead(dataset: BagDataset, start: int, num_ahead: int) -> Generator[tu
         readers.shutdown(cancel_futures=True)
 
 
+def _collated(
+    model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag]
+) -> Mapping[str, Tensor] | BagError:
+    """What `generate` reads of bags, or why they make no batch."""
+    try:
+        return _collate(model, processor, bags) if bags else {}
+    except BagError as error:
+        return error
+
+
 def _caption_batch(
-    model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag], generation: GenerationOptions
+    model: "MivpgForConditionalGeneration",
+    processor: "MivpgProcessor",
+    bags: list[Bag],
+    inputs: Mapping[str, Tensor] | BagError,
+    generation: GenerationOptions,
 ) -> list[str | BagError]:
     """A caption for each bag; bags that do not fit together are captioned one by one."""
     if not bags:
         return []
     try:
-        return [*caption_bags(model, processor, bags, **generation.as_kwargs())]
+        if isinstance(inputs, BagError):
+            raise inputs
+        return [*_write(model, processor, inputs, **generation.as_kwargs())]
     except BagError as error:
         if len(bags) == 1:
             named = f"bag {bags[0].id!r}: "
             return [error if str(error).startswith(named) else BagError(f"{named}{error}")]
-        return [result for bag in bags for result in _caption_batch(model, processor, [bag], generation)]
+        alone = ([bag] for bag in bags)
+        return [_caption_batch(model, processor, bag, _collated(model, processor, bag), generation)[0] for bag in alone]
 
 
 def caption_file(
@@ -200,16 +249,17 @@ def caption_file(
 ) -> CaptionCounts:
     """Captions a data set into JSON lines, `{"id", "caption"}` in the order of the samples.
 
-    Until all are done they stand in `<out>.partial`, batch by batch, beside `<out>.partial.json`, which says what
-    writes them. A later run with the same samples, model (weights and options), prompt and generation options goes on
-    there. With the same batch size its batches are those of an unbroken run; one that ran out of memory may go on with
-    a smaller one. A bag that cannot be read, or has places that are no lattice for PPEG, is logged, gets a line
-    `{"id", "error"}` and is passed over.
+    Bags of like size are captioned together, so that little of a batch is padding, and the largest come first, so that
+    what does not fit into memory shows at once. Until all are done the lines stand in that order, batch by batch, in
+    `<out>.partial`, beside `<out>.partial.json`, which says what writes them. A later run with the same samples, model
+    (weights and options), prompt and generation options goes on there. With the same batch size its batches are those
+    of an unbroken run; one that ran out of memory may go on with a smaller one. A bag that cannot be read, or has
+    places that are no lattice for PPEG, is logged, gets a line `{"id", "error"}` and is passed over.
 
     Args:
         model: As in `caption_bags`.
         processor: The model's.
-        samples: What to caption.
+        samples: What to caption, each with an id of its own.
         out: The file to write; it must not exist.
         generation: How captions are written.
         prompt: Precedes the caption of samples without a prompt of their own.
@@ -229,13 +279,16 @@ def caption_file(
     author = _author(model, prompt, generation)
     if partial.exists():
         _check_author(partial, author_file, author)
-    num_resumed, num_failed = _resume(partial, samples, batch_size, strict)
+    kept = _resume(partial, samples, batch_size, strict)
+    num_resumed, num_failed = len(kept), sum(kept.values())
     if num_resumed:
         logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
     write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
 
+    by_size = sorted(samples, key=_num_images, reverse=True)
+    by_size.sort(key=lambda sample: sample.id not in kept)  # those that are done stand first
     results = caption_samples(
-        model, processor, samples, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
+        model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
     )
     with partial.open("ab") as file, closing(results):
         for num_done, (bag_id, result) in enumerate(results, start=num_resumed + 1):
@@ -252,6 +305,8 @@ def caption_file(
             if num_done % batch_size == 0 or num_done == len(samples):
                 file.flush()
                 os.fsync(file.fileno())
+    lines = {read_record(line)["id"]: line + b"\n" for line in _whole_lines(partial)}
+    write_whole(partial, b"".join(lines[sample.id] for sample in samples))
     partial.rename(out)
     author_file.unlink()
     return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
@@ -262,6 +317,19 @@ def read_captions(out: Path) -> dict[str, str]:
     # By the end of line that was written: a caption may hold others, such as U+2028, that `splitlines` would cut at.
     records = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
     return {record["id"]: record["caption"] for record in records if "caption" in record}
+
+
+def _whole_lines(partial: Path) -> list[bytes]:
+    """What follows the last end of line was cut short by a kill."""
+    return partial.read_bytes().split(b"\n")[:-1]
+
+
+def _num_images(sample: Sample) -> int:
+    """The size to sort by; 0 where it cannot be read, and what is wrong is said when the bag is opened."""
+    try:
+        return bag_size(sample)
+    except BagError:
+        return 0
 
 
 def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
@@ -293,32 +361,36 @@ def _check_author(partial: Path, author_file: Path, author: dict[str, Any]) -> N
             raise MivpgError(f"{partial} was begun with {name} = {begun[name]!r}, and {value!r} is asked for: {remedy}")
 
 
-def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> tuple[int, int]:
+def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> dict[str, bool]:
     """Cuts a partial file to its whole batches, when strict those before the first bag that failed.
 
     Returns:
-        How many bags are left in it, and how many of them failed.
+        The ids of the bags that are left in it, and whether each failed.
 
     Raises:
-        MivpgError: A line is not that of the sample in its place.
+        MivpgError: A line is not that of a sample, or of one that has a line already.
     """
     if not partial.exists():
-        return 0, 0
-    lines = partial.read_bytes().split(b"\n")[:-1]  # what follows the last end of line was cut short by a kill
-    failed = []
+        return {}
+    lines = _whole_lines(partial)
+    missing = {sample.id for sample in samples}
+    failed: dict[str, bool] = {}
     for number, line in enumerate(lines, start=1):
-        expected = f"bag {samples[number - 1].id!r}" if number <= len(samples) else "no more bags"
         record = read_record(line)
-        if number > len(samples) or record.get("id") != samples[number - 1].id:
+        bag_id = record.get("id")
+        if not isinstance(bag_id, str) or bag_id not in missing:
             raise MivpgError(
-                f"{partial}, line {number}: found {line[:60].decode(errors='replace')!r}, expected {expected}; it is "
-                "of another run: delete it to start anew, or choose another name for the captions."
+                f"{partial}, line {number}: found {line[:60].decode(errors='replace')!r}, expected one of the "
+                f"{len(missing)} bags that have no line yet; it is of another run: delete it to start anew, or choose "
+                "another name for the captions."
             )
-        failed.append("error" in record)
-    num_kept = failed.index(True) if strict and True in failed else len(lines)
-    num_kept -= num_kept % batch_size  # other batches are padded otherwise, and round otherwise
+        missing.remove(bag_id)
+        failed[bag_id] = "error" in record
+    num_kept = list(failed.values()).index(True) if strict and any(failed.values()) else len(lines)
+    if num_kept < len(samples):
+        num_kept -= num_kept % batch_size  # other batches are padded otherwise, and round otherwise
     os.truncate(partial, sum(len(line) + 1 for line in lines[:num_kept]))
-    return num_kept, sum(failed[:num_kept])
+    return dict(islice(failed.items(), num_kept))
 
 
 def read_record(line: bytes) -> dict[str, Any]:

@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 Tokens = Literal["all", "cls"]
 _Picture = Path | Tile
 
+NUM_WRITERS = 4
+"""Threads that bring bags to the disk while the model sees other images."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MADE_OF = "made_of"
@@ -140,8 +143,10 @@ def extract_features(
         # disable=None: no bar where the output is not a terminal
         with (
             closing(opened),
+            ThreadPoolExecutor(NUM_WRITERS) as writers,
             tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
         ):
+            writing: list[Future[None]] = []  # the bags of one batch, while the model sees the next
             seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
             start = time.monotonic()
             for batch in opened:
@@ -158,14 +163,19 @@ def extract_features(
                     seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
                     num_bags = (len(missing), len(mine) - len(missing))
                     _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
+                for written in writing:
+                    written.result()
+                writing = []
                 for image, row in zip(batch, rows, strict=True):
                     if image.bag.id not in missing:
                         continue
                     seen.append((image.origin, row))
                     if len(seen) == len(missing[image.bag.id]):
-                        _write_bag(folder, image.bag, missing[image.bag.id], seen)
+                        writing.append(writers.submit(_write_bag, folder, image.bag, missing[image.bag.id], seen))
                         seen = []
                     progress.update()
+            for written in writing:
+                written.result()
     finally:
         model.train(was_training)
     process.wait_for_everyone()
