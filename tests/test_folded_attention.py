@@ -1,8 +1,11 @@
 """The folded form for large bags is the same attention: equations, gradients, maps, dropout; and when it is taken."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from mivpg import folded_attention
 from mivpg.layers import CorrelatedSelfAttention
@@ -237,3 +240,77 @@ def test_a_large_bag_is_captioned_as_its_straightforward_form_captions_it(monkey
         folded = model.get_visual_prompts(image_embeds).embeds
     assert not torch.equal(folded, expected)
     assert (folded - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+class TestRecomputing:
+    """Three blocks update a bag: the first and the third time it is kept as what it was made of."""
+
+    NUM_INSTANCES = 1000
+
+    @pytest.fixture(autouse=True)
+    def bags_are_large(self, monkeypatch):
+        monkeypatch.setattr(folded_attention, "pays", lambda *_: True)
+        monkeypatch.setattr(folded_attention, "FOLD_FROM", 8)
+        monkeypatch.setattr(folded_attention, "CHUNK", 300)
+
+    @pytest.fixture
+    def makes(self, monkeypatch) -> list[Tensor]:
+        """What has been made again."""
+        made = []
+        make = folded_attention._Update.make
+        monkeypatch.setattr(folded_attention._Update, "make", lambda self: made.append(make(self)) or made[-1])
+        return made
+
+    def run(self, model: MivpgForConditionalGeneration) -> tuple[dict[str, Tensor], int]:
+        """Gradients, and the bytes that are held between the passes."""
+        torch.manual_seed(1)
+        bag = torch.randn(1, self.NUM_INSTANCES, 1, 12, dtype=torch.float64, requires_grad=True)
+        model.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = model.get_visual_prompts(bag).embeds.square().sum()
+        events = profiler.profiler.kineto_results.events()
+        held = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return found | {"bag": bag.grad}, held
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_gradients_are_the_same_and_less_is_held(self, monkeypatch, makes, dropout):
+        model = model_of(Setting("cls", "csa", "none")).train()
+        for layer in model.qformer.encoder.layer:
+            if layer.has_cross_attention:
+                layer.instance_correlation.attention_dropout = dropout
+        found, held = self.run(model)
+        assert len(makes) == 2
+        monkeypatch.setattr(type(model.qformer), "_recomputing_instances", lambda *_: nullcontext())
+        expected, all_held = self.run(model)
+        assert len(makes) == 2
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.equal(found[name], gradient), name
+        bag_bytes = self.NUM_INSTANCES * 12 * 8
+        assert all_held - held == pytest.approx(2 * bag_bytes, rel=0.05)
+
+    def test_a_graph_can_be_gone_through_twice(self, makes):
+        model = model_of(Setting("cls", "csa", "none"))
+        bag = torch.randn(1, self.NUM_INSTANCES, 1, 12, dtype=torch.float64, requires_grad=True)
+        loss = model.get_visual_prompts(bag).embeds.square().sum()
+        (first,) = torch.autograd.grad(loss, bag, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, bag)
+        assert torch.equal(first, second) and len(makes) == 4
+
+    @pytest.mark.parametrize("options", [{"position_encoding": "ppeg"}, {"instances_carry_over": False}])
+    def test_bags_that_are_placed_or_begin_anew(self, monkeypatch, makes, options):
+        model = model_of(Setting("cls", "csa", options.get("position_encoding", "none"))).train()
+        model.qformer.config.instances_carry_over = options.get("instances_carry_over", True)
+        found, _ = self.run(model)
+        assert len(makes) == 3  # none is made of one that is made again
+        monkeypatch.setattr(type(model.qformer), "_recomputing_instances", lambda *_: nullcontext())
+        for name, gradient in self.run(model)[0].items():
+            assert torch.equal(found[name], gradient), name
+
+    def test_gradient_checkpointing_does_it_all_by_itself(self, makes):
+        model = model_of(Setting("cls", "csa", "none")).train()
+        model.gradient_checkpointing_enable()
+        self.run(model)
+        assert not makes and not folded_attention._recomputing

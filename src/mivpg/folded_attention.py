@@ -9,6 +9,8 @@ for each bag, while a projection is shared by a batch.
 
 # A heads of width d, H = A d; R queries, M instances of width D
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerMultiHeadAttention
@@ -57,7 +59,9 @@ def instances_ask(
         key_bias = (key.to(weight.dtype) @ bias[:, :, None]).flatten(1)  # (B, A R)
         output_weight = output_projection.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (A, d, D)
         folded_value = (value.to(weight.dtype) @ output_weight).flatten(1, 2)  # (B, A R, D)
-    return _InstancesAsk.apply(
+    recomputing = _recomputing[-1] if _recomputing and torch.is_grad_enabled() else None
+    updates: list[_Update] | None = None if recomputing is None else []
+    updated = _InstancesAsk.apply(
         instances,
         folded_key * scaling,
         key_bias * scaling,
@@ -66,7 +70,11 @@ def instances_ask(
         num_heads,
         dropout,
         torch.is_grad_enabled(),
+        updates,
     )
+    if recomputing is not None and updates:
+        recomputing.note(updated, updates[0])
+    return updated
 
 
 class _InstancesAsk(torch.autograd.Function):
@@ -77,8 +85,13 @@ class _InstancesAsk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, instances, key, key_bias, value, bias, num_heads: int, dropout: float, keep: bool) -> Tensor:
-        """Instances (B, M, D), key and value (B, A R, D), key_bias (B, A R), bias (D,) -> (B, M, D)."""
+    def forward(
+        ctx, instances, key, key_bias, value, bias, num_heads: int, dropout: float, keep: bool, updates
+    ) -> Tensor:
+        """Instances (B, M, D), key and value (B, A R, D), key_bias (B, A R), bias (D,) -> (B, M, D).
+
+        `updates`, a list where there is one, gets how they were made.
+        """
         dtype = _compute_dtype(instances)
         key, key_bias, value, bias = key.to(dtype), key_bias.to(dtype), value.to(dtype), bias.to(dtype)
         updated = torch.empty_like(instances)
@@ -97,6 +110,8 @@ class _InstancesAsk(torch.autograd.Function):
                 if keep:
                     is_kept[row, part] = chunk_is_kept
             torch.add(chunk, torch.addmm(bias, attention, value[row]), out=updated[row, part])
+        if updates is not None:
+            updates.append(_Update(instances.detach(), weights, is_kept, value, bias, dropout))
         ctx.save_for_backward(instances, key, value, weights, is_kept)
         ctx.num_heads, ctx.dropout = num_heads, dropout
         return updated
@@ -128,7 +143,84 @@ class _InstancesAsk(torch.autograd.Function):
             grad_key[row] += grad_scores.mT @ instances[row, part].to(dtype)
             grad_key_bias[row] += grad_scores.sum(dim=0)
             torch.add(grad[row, part], grad_scores @ key[row], out=grad_instances[row, part])
-        return grad_instances, grad_key, grad_key_bias, grad_value, grad.sum(dim=(0, 1)), None, None, None
+        return grad_instances, grad_key, grad_key_bias, grad_value, grad.sum(dim=(0, 1)), None, None, None, None
+
+
+class _Update:
+    """How CSA made the instances that it updated: `instances + dropout(weights) value + bias`."""
+
+    def __init__(
+        self, instances: Tensor, weights: Tensor, is_kept: Tensor, value: Tensor, bias: Tensor, dropout: float
+    ) -> None:
+        self.instances, self.weights, self.is_kept = instances, weights, is_kept
+        self.value, self.bias, self.dropout = value, bias, dropout
+        self.num_readers = 0
+        """How often the backward pass will ask for them."""
+        self.made: Tensor | None = None
+        self.num_left = 0
+
+    def read(self) -> Tensor:
+        """Makes them, to the last bit as before, and holds them until the last reader has them."""
+        if self.made is None:
+            self.made, self.num_left = self.make(), self.num_readers
+        made = self.made
+        self.num_left -= 1
+        if self.num_left == 0:
+            self.made = None
+        return made
+
+    def make(self) -> Tensor:
+        """(B, M, D)."""
+        updated = torch.empty_like(self.instances)
+        for row, part in _parts(self.instances):
+            attention = self.weights[row, part]
+            if self.dropout:
+                attention = attention * self.is_kept[row, part] / (1 - self.dropout)
+            states = torch.addmm(self.bias, attention, self.value[row])
+            torch.add(self.instances[row, part], states, out=updated[row, part])
+        return updated
+
+
+_recomputing: list["RecomputingInstances"] = []
+"""The innermost is the last."""
+
+
+class RecomputingInstances(torch.autograd.graph.saved_tensors_hooks):
+    """While blocks run, every second bag that CSA updates is kept as what it was made of, and made again when needed.
+
+    What it was made of is kept anyway: the bag before, the weights, and a value for each query. So it costs one product
+    more, where a block has twelve, and results are the same to the last bit. Every second one only: a bag whose
+    predecessor is made again, too, would cost two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, lambda packed: packed.read() if isinstance(packed, _Update) else packed)
+        self.latest: tuple[Any, _Update] | None = None
+
+    def __enter__(self) -> None:
+        _recomputing.append(self)
+        super().__enter__()
+
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        _recomputing.pop()
+        self.latest = None
+
+    def note(self, updated: Tensor, update: _Update) -> None:
+        """Of a bag that is there until the next one is noted."""
+        is_second = self.latest is not None and self.latest[0] == _place(update.instances)
+        self.latest = None if is_second else (_place(updated), update)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Update:
+        if self.latest is None or self.latest[0] != _place(tensor):
+            return tensor
+        self.latest[1].num_readers += 1
+        return self.latest[1]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What is the same for two tensors that are views of the same numbers in the same order, as long as they live."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 class _QueriesAsk(torch.autograd.Function):

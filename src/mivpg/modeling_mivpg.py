@@ -14,6 +14,7 @@ What the paper leaves open is decided in the docstring of the class concerned; `
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -212,19 +213,28 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
             encoder_hidden_states=instances,
         )
         queries = learned_queries
-        for layer in self.encoder.layer:
-            queries, updated = layer(
-                queries,
-                instances,
-                learned_queries,
-                instance_mask=encoder_attention_mask,
-                cross_attention_mask=cross_attention_mask,
-                grid=grid,
-                **kwargs,
-            )
-            if self.config.instances_carry_over:
-                instances = updated
+        with self._recomputing_instances(instances):
+            for layer in self.encoder.layer:
+                queries, updated = layer(
+                    queries,
+                    instances,
+                    learned_queries,
+                    instance_mask=encoder_attention_mask,
+                    cross_attention_mask=cross_attention_mask,
+                    grid=grid,
+                    **kwargs,
+                )
+                if self.config.instances_carry_over:
+                    instances = updated
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=queries, pooler_output=queries[:, 0])
+
+    def _recomputing_instances(self, instances: Tensor) -> AbstractContextManager[None]:
+        """Of large bags (B, M, D); gradient checkpointing makes all of a block again, and compiled code keeps all."""
+        is_large = instances.shape[1] >= folded_attention.FOLD_FROM
+        makes_all_again = any(layer.gradient_checkpointing for layer in self.encoder.layer)
+        if not is_large or makes_all_again or torch.compiler.is_compiling():
+            return nullcontext()
+        return folded_attention.RecomputingInstances()
 
 
 # ── From images to visual prompts (sections 3.3 and 3.4) ────────────────────────────────────────────────────────────
