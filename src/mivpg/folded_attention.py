@@ -224,7 +224,11 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class _QueriesAsk(torch.autograd.Function):
-    """`dropout(softmax(query x^T + query_bias)) x`; of a bag's size it makes nothing but the instances' gradient."""
+    """`dropout(softmax(query x^T + query_bias)) x`; it keeps the weights.
+
+    The backward pass takes instances `CHUNK` of a bag at a time, so that it makes nothing of a bag's size but the
+    instances' gradient.
+    """
 
     @staticmethod
     def forward(ctx, instances, query, query_bias, mask, num_heads: int, dropout: float):
@@ -245,31 +249,43 @@ class _QueriesAsk(torch.autograd.Function):
             is_kept = torch.rand_like(weights, dtype=torch.float32) >= dropout
             kept = weights * is_kept / (1 - dropout)
         read = (kept.flatten(1, 2) @ states).unflatten(1, (num_heads, -1))
-        ctx.save_for_backward(instances, query, weights, is_kept)
+        sums = kept.sum(dim=-1, dtype=sum_dtype)
+        ctx.save_for_backward(instances, query, weights, is_kept, read, sums)
         ctx.dropout = dropout
         ctx.set_materialize_grads(False)  # nothing asks for a gradient of the weights, as a rule
-        return read, kept.sum(dim=-1, dtype=sum_dtype), weights
+        return read, sums, weights
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_read, grad_sum, grad_weights):
-        """Of instances, query and query_bias."""
-        instances, query, weights, is_kept = ctx.saved_tensors
+    def backward(ctx, grad_read, grad_sums, grad_weights):
+        """Of instances, query and query_bias; sums over chunks are float32 at least."""
+        instances, query, weights, is_kept, read, sums = ctx.saved_tensors
+        dtype, sum_dtype = weights.dtype, sums.dtype
         if grad_read is None:  # the weights alone were asked for
-            grad_read = query.new_zeros(*weights.shape[:3], query.shape[2])
-            grad_sum = query.new_zeros(weights.shape[:3])
-        states, grad_read, weights = instances.to(weights.dtype), grad_read.flatten(1, 2), weights.flatten(1, 2)
-        grad = grad_read @ states.mT  # (B, A R, M)
-        grad += grad_sum.flatten(1)[:, :, None]
-        kept = weights
-        if is_kept is not None:
-            scale = is_kept.flatten(1, 2).to(weights.dtype) / (1 - ctx.dropout)
-            kept, grad = weights * scale, grad * scale
+            grad_read, grad_sums = torch.zeros_like(read), torch.zeros_like(sums)
+        # What the softmax takes off every score: its sum over all instances is a sum over what was read.
+        mean = (grad_read.to(sum_dtype) * read).sum(dim=-1) + grad_sums * sums
         if grad_weights is not None:
-            grad += grad_weights.flatten(1, 2)
-        grad_scores = torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-        grad_instances = (grad_scores.mT @ query).baddbmm_(kept.mT, grad_read)
-        return grad_instances.to(instances.dtype), grad_scores @ states, grad_scores.sum(dim=-1), None, None, None
+            mean = mean + (grad_weights.to(sum_dtype) * weights).sum(dim=-1)
+        mean, grad_sums = mean.to(dtype).flatten(1)[..., None], grad_sums.to(dtype).flatten(1)[..., None]  # (B, A R, 1)
+        weights, grad_read = weights.flatten(1, 2), grad_read.flatten(1, 2)
+        grad_instances = torch.empty_like(instances)
+        grad_query = torch.zeros_like(query, dtype=sum_dtype)
+        grad_query_bias = query.new_zeros(query.shape[:2], dtype=sum_dtype)
+        for row, part in _parts(instances):
+            chunk, attention = instances[row, part].to(dtype), weights[row, :, part]  # (m, D), (A R, m)
+            grad = torch.addmm(grad_sums[row], grad_read[row], chunk.mT)
+            kept = attention
+            if is_kept is not None:
+                scale = is_kept.flatten(1, 2)[row, :, part].to(dtype) / (1 - ctx.dropout)
+                kept, grad = attention * scale, grad * scale
+            if grad_weights is not None:
+                grad = grad + grad_weights.flatten(1, 2)[row, :, part]
+            grad_scores = attention * (grad - mean[row])
+            grad_instances[row, part] = (grad_scores.mT @ query[row]).addmm_(kept.mT, grad_read[row])
+            grad_query[row] += grad_scores @ chunk
+            grad_query_bias[row] += grad_scores.sum(dim=1)
+        return grad_instances, grad_query, grad_query_bias, None, None, None
 
 
 class FoldingCrossAttention(Blip2QFormerMultiHeadAttention):
