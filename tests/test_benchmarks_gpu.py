@@ -70,13 +70,14 @@ def tables(printed: str) -> dict[str, list[list[str]]]:
 
 def test_every_section_is_printed(capsys, small_large_bags):
     torch.manual_seed(0)
-    assert gpu.print_report(SIZES) == []
+    languages = {"opt": SIZES.languages["opt"]}  # T5's steps and captions are compared below
+    assert gpu.print_report(replace(SIZES, languages=languages)) == []
     found = tables(capsys.readouterr().out)
     rows = {title: len(rows) for title, rows in found.items()}
     extraction, aggregation, block, correlation, largest = list(rows)[3:8]
     assert [rows[extraction], rows[aggregation], rows[block], rows[largest]] == [4, 4, 2, 4]
     assert found[correlation][0][0] == "CSA" and rows[correlation] == 3
-    for language in SIZES.languages:
+    for language in languages:
         models, steps, captions = (title for title in found if title.startswith(language))
         assert [rows[models], rows[steps], rows[captions]] == [3, 9, 6]
         assert {row[0] for row in found[steps][:3]} == {"2, features, gradient_checkpointing"}

@@ -202,6 +202,13 @@ def test_bags_of_features_go_by_their_headers_and_one_without_comes_last(tmp_pat
     assert [line["id"] for line in lines_of(tmp_path / "out.jsonl")] == ["0", "1", "2", "3"]
 
 
+def test_two_bags_of_one_id_are_refused(tmp_path):
+    samples = write_samples(tmp_path, 3)
+    with pytest.raises(MivpgError, match=f"several bags have the id {samples[1].id!r}"):
+        write_captions([*samples, samples[1]], tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
 def test_captions_are_utf8_and_one_line_each(tmp_path, monkeypatch):
     monkeypatch.setattr(FakeProcessor, "decode_captions", lambda self, ids: ["très\nchic 😀"] * len(ids))
     samples = [Sample(id="half \ud800", images=sample.images) for sample in write_samples(tmp_path, 1)]

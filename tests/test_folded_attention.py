@@ -1,5 +1,7 @@
 """The folded form for large bags is the same attention: equations, gradients, maps, dropout; and when it is taken."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -242,6 +244,39 @@ def test_a_large_bag_is_captioned_as_its_straightforward_form_captions_it(monkey
     assert (folded - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_instances_with_much_in_common_have_gradients_in_bf16(always_folded, monkeypatch):
+    """What all instances share adds up to nothing behind a softmax, and has to do so when it is rounded."""
+    monkeypatch.setattr(folded_attention, "CHUNK", 500)
+    torch.manual_seed(0)
+    attention = model_of(Setting("cls", "csa", "none")).float().qformer.encoder.layer[2].crossattention.attention
+    width = attention.key.in_features
+    instances = 3 * torch.randn(width) + torch.randn(1, 3000, width)
+    queries = torch.randn(1, 5, 16, requires_grad=True)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            read = attention(queries, encoder_hidden_states=instances.requires_grad_())[0]
+        return torch.autograd.grad((read.float() * torch.arange(16)).sum(), queries)[0]
+
+    exact = gradient(torch.float32)
+    folded_error = (gradient(torch.bfloat16) - exact).norm() / exact.norm()
+    monkeypatch.setattr(folded_attention, "pays", lambda *_: False)
+    straightforward_error = (gradient(torch.bfloat16) - exact).norm() / exact.norm()
+    assert folded_error < 0.5 * straightforward_error
+
+
+@pytest.mark.parametrize("correlation", ["none", "csa"])
+def test_features_that_do_not_train_get_no_gradient(always_folded, correlation):
+    model = model_of(Setting("cls", correlation, "none"))
+    image_embeds, image_mask = random_bags(LENGTHS, num_patches=1)
+    expected = gradients(model, image_embeds.double(), image_mask)
+    model.zero_grad()
+    model.get_visual_prompts(image_embeds.double(), image_mask).embeds.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert torch.equal(parameter.grad, expected[name]), name
+
+
 class TestRecomputing:
     """Three blocks update a bag: the first and the third time it is kept as what it was made of."""
 
@@ -299,18 +334,44 @@ class TestRecomputing:
         (second,) = torch.autograd.grad(loss, bag)
         assert torch.equal(first, second) and len(makes) == 4
 
-    @pytest.mark.parametrize("options", [{"position_encoding": "ppeg"}, {"instances_carry_over": False}])
-    def test_bags_that_are_placed_or_begin_anew(self, monkeypatch, makes, options):
-        model = model_of(Setting("cls", "csa", options.get("position_encoding", "none"))).train()
-        model.qformer.config.instances_carry_over = options.get("instances_carry_over", True)
+    @pytest.mark.parametrize(
+        ("position_encoding", "instances_carry_over"), [("ppeg", True), ("none", False), ("ppeg", False)]
+    )
+    def test_bags_that_are_placed_or_begin_anew(self, monkeypatch, makes, position_encoding, instances_carry_over):
+        model = model_of(Setting("cls", "csa", position_encoding)).train()
+        model.qformer.config.instances_carry_over = instances_carry_over
         found, _ = self.run(model)
         assert len(makes) == 3  # none is made of one that is made again
         monkeypatch.setattr(type(model.qformer), "_recomputing_instances", lambda *_: nullcontext())
         for name, gradient in self.run(model)[0].items():
             assert torch.equal(found[name], gradient), name
 
+    def test_what_is_never_gone_back_through_goes(self):
+        model = model_of(Setting("cls", "csa", "none")).train()
+        bag = torch.randn(1, self.NUM_INSTANCES, 1, 12, dtype=torch.float64, requires_grad=True)
+        alive = weakref.ref(bag)
+        prompts = model.get_visual_prompts(bag).embeds
+        del bag, prompts
+        gc.collect()
+        assert alive() is None
+
+    def test_blocks_that_are_compiled_keep_all(self, monkeypatch, makes):
+        monkeypatch.setattr(folded_attention, "CHUNK", 1000)  # the fewer, the sooner compiled
+        model = model_of(Setting("cls", "csa", "none")).train()
+        expected, _ = self.run(model)
+        assert len(makes) == 2
+        for layer in model.qformer.encoder.layer:
+            layer.compile(backend="aot_eager", fullgraph=True)
+        try:
+            found, _ = self.run(model)
+        finally:
+            torch.compiler.reset()
+        assert len(makes) == 2
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-9)
+
     def test_gradient_checkpointing_does_it_all_by_itself(self, makes):
         model = model_of(Setting("cls", "csa", "none")).train()
         model.gradient_checkpointing_enable()
         self.run(model)
-        assert not makes and not folded_attention._recomputing
+        assert not makes and not folded_attention._recomputing.of_thread

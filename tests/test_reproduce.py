@@ -165,6 +165,7 @@ def test_pairs_are_counted_once_for_each_number_that_is_asked_for(tmp_path, capl
     for name in ("products", "scenes"):
         found.prepare(name, "pixels")
     assert [found.count_train_pairs("scenes", 0, number) for number in (16, 32)] == [16, 32]
+    caplog.clear()
     caplog.set_level("INFO", logger="mivpg")
     assert found.count_train_pairs("products", 0, None) == found.count_train_pairs("products", 0, None) > 16
     assert len([line for line in caplog.messages if "items with captions" in line]) == 1

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -42,7 +42,7 @@ MODEL_OPTIONS = (
 )
 """Fields of a model's config that decide what its captions are, and that its weights need not tell."""
 
-NUM_READERS = max(4, os.cpu_count() or 1)
+NUM_READERS = min(32, max(4, os.cpu_count() or 1))
 """Threads that open images while the model is at work: a fast device sees as many photos as eight cores decode. Pillow
 lets go of the interpreter while it decodes."""
 
@@ -267,13 +267,15 @@ def caption_file(
         strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
 
     Raises:
-        MivpgError: `out` exists, or its partial file belongs to other samples, was written otherwise, or does not say
-            how: an earlier version noted less about the model.
+        MivpgError: `out` exists, two samples have one id, or its partial file belongs to other samples, was written
+            otherwise, or does not say how: an earlier version noted less about the model.
         BagError: A bag cannot be read and `strict` is set.
     """
     check_batch_size(batch_size)
     if out.exists():
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
+    if twice := [bag_id for bag_id, number in Counter(sample.id for sample in samples).items() if number > 1]:
+        raise MivpgError(f"samples: several bags have the id {twice[0]!r}, expected an id of its own for each bag.")
     partial = out.with_name(out.name + ".partial")
     author_file = out.with_name(out.name + ".partial.json")
     author = _author(model, prompt, generation)

@@ -9,6 +9,7 @@ for each bag, while a projection is shared by a batch.
 
 # A heads of width d, H = A d; R queries, M instances of width D
 
+import threading
 from typing import Any
 
 import torch
@@ -59,7 +60,9 @@ def instances_ask(
         key_bias = (key.to(weight.dtype) @ bias[:, :, None]).flatten(1)  # (B, A R)
         output_weight = output_projection.weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0)  # (A, d, D)
         folded_value = (value.to(weight.dtype) @ output_weight).flatten(1, 2)  # (B, A R, D)
-    recomputing = _recomputing[-1] if _recomputing and torch.is_grad_enabled() else None
+    recomputing = None
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _recomputing.of_thread:
+        recomputing = _recomputing.of_thread[-1]
     updates: list[_Update] | None = None if recomputing is None else []
     updated = _InstancesAsk.apply(
         instances,
@@ -122,7 +125,7 @@ class _InstancesAsk(torch.autograd.Function):
         """Of the five tensors; sums over chunks are float32 at least."""
         instances, key, value, weights, is_kept = ctx.saved_tensors
         dtype = weights.dtype
-        grad_instances = torch.empty_like(instances)
+        grad_instances = torch.empty_like(instances) if ctx.needs_input_grad[0] else None
         sum_dtype = torch.promote_types(dtype, torch.float32)
         grad_key, grad_value = (torch.zeros_like(states, dtype=sum_dtype) for states in (key, value))
         grad_key_bias = key.new_zeros(key.shape[:2], dtype=sum_dtype)
@@ -142,7 +145,8 @@ class _InstancesAsk(torch.autograd.Function):
             ).flatten(1)
             grad_key[row] += grad_scores.mT @ instances[row, part].to(dtype)
             grad_key_bias[row] += grad_scores.sum(dim=0)
-            torch.add(grad[row, part], grad_scores @ key[row], out=grad_instances[row, part])
+            if grad_instances is not None:
+                torch.add(grad[row, part], grad_scores @ key[row], out=grad_instances[row, part])
         return grad_instances, grad_key, grad_key_bias, grad_value, grad.sum(dim=(0, 1)), None, None, None, None
 
 
@@ -181,8 +185,14 @@ class _Update:
         return updated
 
 
-_recomputing: list["RecomputingInstances"] = []
-"""The innermost is the last."""
+class _Recomputing(threading.local):
+    """Who is at it, the innermost last; by thread, as hooks are."""
+
+    def __init__(self) -> None:
+        self.of_thread: list[RecomputingInstances] = []
+
+
+_recomputing = _Recomputing()
 
 
 class RecomputingInstances(torch.autograd.graph.saved_tensors_hooks):
@@ -195,25 +205,25 @@ class RecomputingInstances(torch.autograd.graph.saved_tensors_hooks):
 
     def __init__(self) -> None:
         super().__init__(self._pack, lambda packed: packed.read() if isinstance(packed, _Update) else packed)
-        self.latest: tuple[Any, _Update] | None = None
+        self.latest: tuple[Tensor, _Update] | None = None
 
     def __enter__(self) -> None:
-        _recomputing.append(self)
         super().__enter__()
+        _recomputing.of_thread.append(self)
 
     def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        _recomputing.pop()
+        _recomputing.of_thread.pop()
         self.latest = None
+        super().__exit__(*args)
 
     def note(self, updated: Tensor, update: _Update) -> None:
-        """Of a bag that is there until the next one is noted."""
-        is_second = self.latest is not None and self.latest[0] == _place(update.instances)
-        self.latest = None if is_second else (_place(updated), update)
+        """Holds the bag until the next one is noted, so that no other has its place in memory."""
+        is_second = self.latest is not None and _place(self.latest[0]) == _place(update.instances)
+        self.latest = None if is_second else (updated.detach(), update)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Update:
-        if self.latest is None or self.latest[0] != _place(tensor):
-            return tensor
+        if self.latest is None or _place(self.latest[0]) != _place(tensor):
+            return tensor.detach()  # with its graph, a result would hold itself, and never go without a backward pass
         self.latest[1].num_readers += 1
         return self.latest[1]
 
@@ -263,27 +273,38 @@ class _QueriesAsk(torch.autograd.Function):
         dtype, sum_dtype = weights.dtype, sums.dtype
         if grad_read is None:  # the weights alone were asked for
             grad_read, grad_sums = torch.zeros_like(read), torch.zeros_like(sums)
-        # What the softmax takes off every score: its sum over all instances is a sum over what was read.
-        mean = (grad_read.to(sum_dtype) * read).sum(dim=-1) + grad_sums * sums
-        if grad_weights is not None:
-            mean = mean + (grad_weights.to(sum_dtype) * weights).sum(dim=-1)
-        mean, grad_sums = mean.to(dtype).flatten(1)[..., None], grad_sums.to(dtype).flatten(1)[..., None]  # (B, A R, 1)
         weights, grad_read = weights.flatten(1, 2), grad_read.flatten(1, 2)
-        grad_instances = torch.empty_like(instances)
-        grad_query = torch.zeros_like(query, dtype=sum_dtype)
-        grad_query_bias = query.new_zeros(query.shape[:2], dtype=sum_dtype)
-        for row, part in _parts(instances):
-            chunk, attention = instances[row, part].to(dtype), weights[row, :, part]  # (m, D), (A R, m)
-            grad = torch.addmm(grad_sums[row], grad_read[row], chunk.mT)
-            kept = attention
+        grad_sums = grad_sums.to(dtype).flatten(1)[..., None]  # (B, A R, 1)
+
+        def of_weights(row: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            """Of a chunk, by query (A R, m): the weights, those that were not dropped, the gradient of the former."""
+            attention = kept = weights[row, :, part]
+            grad = torch.addmm(grad_sums[row], grad_read[row], instances[row, part].to(dtype).mT)
             if is_kept is not None:
                 scale = is_kept.flatten(1, 2)[row, :, part].to(dtype) / (1 - ctx.dropout)
                 kept, grad = attention * scale, grad * scale
             if grad_weights is not None:
                 grad = grad + grad_weights.flatten(1, 2)[row, :, part]
-            grad_scores = attention * (grad - mean[row])
-            grad_instances[row, part] = (grad_scores.mT @ query[row]).addmm_(kept.mT, grad_read[row])
-            grad_query[row] += grad_scores @ chunk
+            return attention, kept, grad
+
+        # What the softmax takes off every gradient, its mean under the weights: a sum over all instances, and so a sum
+        # over what was read. In 16 bits that is rounded otherwise than they are, and they are summed up themselves.
+        if dtype == sum_dtype and grad_weights is None:
+            mean = (grad_read * read.flatten(1, 2)).sum(dim=-1, keepdim=True) + grad_sums * sums.flatten(1)[..., None]
+        else:
+            mean = query.new_zeros(*query.shape[:2], 1, dtype=sum_dtype)
+            for row, part in _parts(instances):
+                attention, _, grad = of_weights(row, part)
+                mean[row] += (attention.to(sum_dtype) * grad).sum(dim=-1, keepdim=True)
+        grad_instances = torch.empty_like(instances) if ctx.needs_input_grad[0] else None
+        grad_query = torch.zeros_like(query, dtype=sum_dtype)
+        grad_query_bias = query.new_zeros(query.shape[:2], dtype=sum_dtype)
+        for row, part in _parts(instances):
+            attention, kept, grad = of_weights(row, part)
+            grad_scores = (attention * (grad - mean[row])).to(dtype)
+            if grad_instances is not None:
+                grad_instances[row, part] = (grad_scores.mT @ query[row]).addmm_(kept.mT, grad_read[row])
+            grad_query[row] += grad_scores @ instances[row, part].to(dtype)
             grad_query_bias[row] += grad_scores.sum(dim=1)
         return grad_instances, grad_query, grad_query_bias, None, None, None
 

@@ -230,9 +230,11 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
 
     def _recomputing_instances(self, instances: Tensor) -> AbstractContextManager[None]:
         """Of large bags (B, M, D); gradient checkpointing makes all of a block again, and compiled code keeps all."""
-        is_large = instances.shape[1] >= folded_attention.FOLD_FROM
+        is_large = instances.shape[1] >= folded_attention.FOLD_FROM and self.config.instance_correlation.startswith(
+            "csa"
+        )
         makes_all_again = any(layer.gradient_checkpointing for layer in self.encoder.layer)
-        if not is_large or makes_all_again or torch.compiler.is_compiling():
+        if not is_large or makes_all_again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nullcontext()
         return folded_attention.RecomputingInstances()
 
