@@ -139,8 +139,8 @@ def caption_samples(
 ) -> Generator[tuple[str, str | BagError], None, None]:
     """Captions bags in the order given, with a progress bar on a terminal.
 
-    While the model writes, the next batch is made into tensors and the images of the one after it are read, so memory
-    does not grow with the data set.
+    While the model writes, the next batch is made into tensors and the images of the one after it are read, so three
+    batches are in memory, two of them as tensors, too, however large the data set is.
 
     Args:
         model: As in `caption_bags`.
