@@ -140,6 +140,18 @@ def compare(
     return measured, {name: peak_bytes(run) for name, run in passes.items()}
 
 
+def measured_cells(measured: Seconds, peaks: dict[str, int]) -> list[str]:
+    """What `compare` found, under `MEASURED_COLUMNS`."""
+    return [
+        str(measured.of(OURS)),
+        str(measured.of(THEIRS)),
+        str(measured.times_as_fast(OURS, THEIRS)),
+        f"{peaks[OURS] / 1e6:.1f}",
+        f"{peaks[THEIRS] / 1e6:.1f}",
+        f"{peaks[OURS] / peaks[THEIRS]:.3f}",
+    ]
+
+
 def aggregation_row(
     rivals: dict[str, nn.Module], image_embeds: Tensor, counts: dict[str, int], *, rounds: int, dropout: bool
 ) -> list[str]:
@@ -157,12 +169,7 @@ def aggregation_row(
     rates = {name: in_billions[name] / measured.of(name).median for name in rivals}
     return [
         f"{image_embeds.shape[1]}{'' if dropout else ', no dropout'}",
-        str(measured.of(OURS)),
-        str(measured.of(THEIRS)),
-        str(measured.times_as_fast(OURS, THEIRS)),
-        f"{peaks[OURS] / 1e6:.1f}",
-        f"{peaks[THEIRS] / 1e6:.1f}",
-        f"{peaks[OURS] / peaks[THEIRS]:.3f}",
+        *measured_cells(measured, peaks),
         f"{in_billions[OURS]:.2f}",
         f"{in_billions[THEIRS]:.2f}",
         f"{in_billions[THEIRS] / in_billions[OURS]:.2f}",
@@ -170,7 +177,7 @@ def aggregation_row(
     ]
 
 
-AGGREGATION_COLUMNS = [
+MEASURED_COLUMNS = [
     "images a bag",
     "s, MIVPG",
     "s, concatenated",
@@ -178,6 +185,9 @@ AGGREGATION_COLUMNS = [
     "peak MB, MIVPG",
     "peak MB, concatenated",
     "share of its peak",
+]
+AGGREGATION_COLUMNS = [
+    *MEASURED_COLUMNS,
     "10^9 multiply-adds, MIVPG",
     "10^9, concatenated",
     "times as few",

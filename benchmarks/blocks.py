@@ -33,6 +33,11 @@ from mivpg.layers import CorrelatedSelfAttention
 STRAIGHTFORWARD = ("sdpa", "eager")
 NUM_LANDMARKS, PINV_ITERATIONS = 256, 6
 """Of the Nyström attentions, as TransMIL has them."""
+FORM = "instances, form chosen"
+TIME_COLUMNS = [FORM, "s", "s, sdpa", "s, eager", "times as fast as sdpa", "times as fast as eager"]
+KEPT_COLUMNS = [FORM, "MB", "MB, sdpa", "MB, eager", "updated instances, MB", "share of sdpa's", "share of eager's"]
+KEPT_COLUMNS += ["difference"]
+CORRELATION_COLUMNS = ["", "s", "MB kept", "CSA is so many times as fast"]
 
 
 @dataclass(frozen=True)
@@ -249,23 +254,20 @@ def main() -> None:
     sizes = Sizes()
     print(f"{machine()}\n\nCSA and cross-attention of a block, forward and backward; median (least to most)\n")
     rows = [block_rows(sizes, number, rounds=arguments.rounds) for number in arguments.sizes]
-    columns = ["instances, form chosen", "s", "s, sdpa", "s, eager", "times as fast as sdpa", "times as fast as eager"]
-    print(markdown(columns, [times for times, _ in rows]))
+    print(markdown(TIME_COLUMNS, [times for times, _ in rows]))
     print(
         "\nMB kept for the backward pass beyond the bag and the weights; of these, every form keeps the updated "
         "instances, which are the next block's bag. Shares: of all that the other keeps, and without the updated "
         "instances. The largest difference from eager of an output or a gradient, over the largest value in it\n"
     )
-    columns = ["instances, form chosen", "MB", "MB, sdpa", "MB, eager", "updated instances, MB"]
-    columns += ["share of sdpa's", "share of eager's", "difference"]
-    print(markdown(columns, [kept for _, kept in rows]), flush=True)
+    print(markdown(KEPT_COLUMNS, [kept for _, kept in rows]), flush=True)
     number = arguments.correlation_size
     print(
         f"\nCSA alone, {number:,} instances, against Nyström attention of the same width ({NUM_LANDMARKS} landmarks, "
         f"{PINV_ITERATIONS} iterations)\n"
     )
     rows = correlation_rows(sizes, number, rounds=arguments.rounds)
-    print(markdown(["", "s", "MB kept", "CSA is so many times as fast"], rows))
+    print(markdown(CORRELATION_COLUMNS, rows))
     for package in ("nystrom_attention", "torchmil"):
         if not find_spec(package):
             print(f"\n{package} is not installed: left out.")

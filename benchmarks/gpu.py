@@ -505,32 +505,6 @@ def extraction_rate(sizes: Sizes, model: MivpgForBagClassification, photo_size: 
 
 # ── Aggregation and one block by themselves ─────────────────────────────────────────────────────────────────────────
 
-AGGREGATION_COLUMNS = [
-    "images a bag",
-    "s, MIVPG",
-    "s, concatenated",
-    "times as fast",
-    "peak MB, MIVPG",
-    "peak MB, concatenated",
-    "share of its peak",
-]
-BLOCK_COLUMNS = [
-    "instances, form chosen",
-    "s",
-    "s, sdpa",
-    "s, eager",
-    "times as fast as sdpa",
-    "times as fast as eager",
-    "MB kept",
-    "MB, sdpa",
-    "MB, eager",
-    "updated instances, MB",
-    "share of sdpa's, without these",
-    "share of eager's, without these",
-    "difference",
-]
-CORRELATION_COLUMNS = ["", "s", "MB kept", "CSA is so many times as fast"]
-
 
 class UnderAutocast(nn.Module):
     """A model that computes in bfloat16 where autocast thinks it safe."""
@@ -549,21 +523,12 @@ def aggregation_rows(sizes: Sizes) -> Iterator[list[Any]]:
     qformer = {"encoder_hidden_size": sizes.vision.hidden_size} | sizes.qformer
     in_float32 = aggregation.make_rivals(qformer, num_queries=sizes.num_prompts)
     in_bfloat16: dict[str, nn.Module] = {name: UnderAutocast(rival) for name, rival in in_float32.items()}
-    ours, theirs = aggregation.OURS, aggregation.THEIRS
     for num_images in sizes.nums_images_to_aggregate:
         size = (aggregation.BATCH_SIZE, num_images, sizes.num_tokens, sizes.vision.hidden_size)
         image_embeds = torch.randn(size, device=DEVICE)
         for dtype, rivals in (("float32", in_float32), ("bf16 autocast", in_bfloat16)):
             found, peaks = aggregation.compare(rivals, image_embeds, rounds=7, dropout=True)
-            yield [
-                f"{num_images}, {dtype}",
-                found.of(ours),
-                found.of(theirs),
-                found.times_as_fast(ours, theirs),
-                f"{peaks[ours] / 1e6:.1f}",
-                f"{peaks[theirs] / 1e6:.1f}",
-                f"{peaks[ours] / peaks[theirs]:.3f}",
-            ]
+            yield [f"{num_images}, {dtype}", *aggregation.measured_cells(found, peaks)]
 
 
 def block_rows(sizes: Sizes) -> Iterator[list[Any]]:
@@ -714,17 +679,18 @@ def print_report(sizes: Sizes) -> list[str]:
     report.table("## Extraction", EXTRACTION_COLUMNS, lambda: extraction_rows(sizes, peaks))
     report.table(
         f"## Aggregation, forward and backward, {aggregation.BATCH_SIZE} bags, {sizes.num_tokens} tokens an image",
-        AGGREGATION_COLUMNS,
+        aggregation.MEASURED_COLUMNS,
         lambda: aggregation_rows(sizes),
     )
     report.table(
-        "## CSA and cross-attention of one block, forward and backward, float32",
-        BLOCK_COLUMNS,
+        "## CSA and cross-attention of one block, forward and backward, float32; MB kept for the backward pass, and "
+        "their shares of all that the other form keeps, and without the updated instances",
+        [*blocks.TIME_COLUMNS, *blocks.KEPT_COLUMNS[1:]],
         lambda: block_rows(sizes),
     )
     report.table(
         f"## CSA alone, {sizes.correlation_instances:,} instances, and Nyström attention of the same width",
-        CORRELATION_COLUMNS,
+        blocks.CORRELATION_COLUMNS,
         lambda: correlation_rows(sizes),
     )
     report.table("## The largest bag that trains", LARGEST_BAG_COLUMNS, lambda: largest_bag_rows(sizes))

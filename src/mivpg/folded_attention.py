@@ -107,12 +107,12 @@ class _InstancesAsk(torch.autograd.Function):
             attention = scores.softmax(dim=-1, dtype=torch.promote_types(dtype, torch.float32)).flatten(1).to(dtype)
             if keep:
                 weights[row, part] = attention
+            chunk_is_kept = None
             if dropout:
                 chunk_is_kept = torch.rand_like(attention, dtype=torch.float32) >= dropout
-                attention = attention * chunk_is_kept / (1 - dropout)
                 if keep:
                     is_kept[row, part] = chunk_is_kept
-            torch.add(chunk, torch.addmm(bias, attention, value[row]), out=updated[row, part])
+            _update(updated[row, part], chunk, attention, chunk_is_kept, value[row], bias, dropout)
         if updates is not None:
             updates.append(_Update(instances.detach(), weights, is_kept, value, bias, dropout))
         ctx.save_for_backward(instances, key, value, weights, is_kept)
@@ -177,12 +177,19 @@ class _Update:
         """(B, M, D)."""
         updated = torch.empty_like(self.instances)
         for row, part in _parts(self.instances):
-            attention = self.weights[row, part]
-            if self.dropout:
-                attention = attention * self.is_kept[row, part] / (1 - self.dropout)
-            states = torch.addmm(self.bias, attention, self.value[row])
-            torch.add(self.instances[row, part], states, out=updated[row, part])
+            chunk, attention = self.instances[row, part], self.weights[row, part]
+            is_kept = self.is_kept[row, part] if self.dropout else None
+            _update(updated[row, part], chunk, attention, is_kept, self.value[row], self.bias, self.dropout)
         return updated
+
+
+def _update(
+    out: Tensor, chunk: Tensor, attention: Tensor, is_kept: Tensor | None, value: Tensor, bias: Tensor, dropout: float
+) -> None:
+    """Writes a chunk (m, D), updated; one piece for both times, so that they are the same to the last bit."""
+    if is_kept is not None:
+        attention = attention * is_kept / (1 - dropout)
+    torch.add(chunk, torch.addmm(bias, attention, value), out=out)
 
 
 class _Recomputing(threading.local):

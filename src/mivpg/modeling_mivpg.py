@@ -230,11 +230,11 @@ class MivpgQFormerModel(MivpgPreTrainedModel):
 
     def _recomputing_instances(self, instances: Tensor) -> AbstractContextManager[None]:
         """Of large bags (B, M, D); gradient checkpointing makes all of a block again, and compiled code keeps all."""
-        is_large = instances.shape[1] >= folded_attention.FOLD_FROM and self.config.instance_correlation.startswith(
-            "csa"
-        )
-        makes_all_again = any(layer.gradient_checkpointing for layer in self.encoder.layer)
-        if not is_large or makes_all_again or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        is_large = instances.shape[1] >= folded_attention.FOLD_FROM
+        has_csa = self.config.instance_correlation in ("csa", "csa_constant")
+        if not (is_large and has_csa and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return nullcontext()
+        if any(layer.gradient_checkpointing for layer in self.encoder.layer):
             return nullcontext()
         return folded_attention.RecomputingInstances()
 
@@ -445,7 +445,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         """Each image as a bag of its own; what the Q-Former says of each, one after the other (LAVIS issue 318)."""
         if image_mask is None:
             image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
-        embeds = self._prompts_per_bag(image_embeds[image_mask.bool()][:, None], None, None, **kwargs).embeds
+        embeds = self._prompts_per_bag(gather_real(image_embeds, image_mask)[:, None], None, None, **kwargs).embeds
         mask = image_mask.repeat_interleave(embeds.shape[1], dim=1)
         return VisualPrompts(embeds=scatter_real(embeds, image_mask).flatten(1, 2), mask=mask)
 
@@ -838,7 +838,7 @@ class MivpgForBagClassification(MivpgVisualPromptModel):
         if image_mask is None:
             image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
         num_tokens = 1 if self.config.patch_pooling != "none" else image_embeds.shape[2]
-        alone = image_embeds[image_mask.bool()]  # (n, P, D)
+        alone = gather_real(image_embeds, image_mask)  # (n, P, D)
         bags = alone[:, None] if num_tokens == 1 else alone.flatten(0, 1)[:, None, None]
         logits = torch.cat([self(part).logits for part in bags.split(4096)])  # a slide has more than memory holds
         logits = logits.unflatten(0, (len(alone), num_tokens))

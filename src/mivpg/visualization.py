@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from mivpg.errors import MivpgError
-from mivpg.layers import scatter_real
+from mivpg.layers import gather_real, scatter_real
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor
 
@@ -91,7 +91,7 @@ def attention_maps(model: MivpgVisualPromptModel, batch: Mapping[str, Tensor]) -
     weights = images.mean(dim=(0, 2, 3)).unflatten(1, (image_mask.shape[1], -1))  # (B, N, 1 or P)
     if model.config.patch_pooling == "none":
         return AttentionMaps(patches=None, images=images, combined=weights)
-    real = image_embeds[image_mask.bool()].to(model.prompt_dtype)  # (n, P, D)
+    real = gather_real(image_embeds, image_mask).to(model.prompt_dtype)  # (n, P, D)
     shares = scatter_real(_pooling_shares(model, real), image_mask)  # (B, N, P)
     patches = None if model.patch_pooling is None else shares
     return AttentionMaps(patches=patches, images=images, combined=weights * shares)
