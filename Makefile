@@ -3,8 +3,6 @@ export PYTHON ?= python3
 
 DEMO ?= runs/demo
 BENCH ?= runs/bench.md
-BENCH ?= runs/bench.md
-BENCH ?= runs/bench.md
 
 .PHONY: help install demo check format test test-all test-gpu bench clean
 
@@ -15,8 +13,6 @@ help:
 	@echo "make test      the tests (under 8 minutes on 2 cores)"
 	@echo "make test-all  the slow ones too"
 	@echo "make test-gpu  those that need a GPU"
-	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
-	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
 	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
 	@echo "make format    formatting and what lint can mend"
 
@@ -45,14 +41,6 @@ test-gpu: install
 bench: install
 	mkdir -p $(dir $(BENCH))
 	bash -o pipefail -c 'bash .ci/bench | tee $(BENCH)'
-
-bench: install
-	mkdir -p $(dir $(BENCH))
-	bash .ci/bench | tee $(BENCH)
-
-bench: install
-	mkdir -p $(dir $(BENCH))
-	bash .ci/bench | tee $(BENCH)
 
 clean:
 	rm -rf .venv build dist src/*.egg-info
