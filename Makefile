@@ -40,7 +40,7 @@ test-gpu: install
 
 bench: install
 	mkdir -p $(dir $(BENCH))
-	bash -o pipefail -c 'bash .ci/bench | tee $(BENCH)'
+	bash -o pipefail -c 'bash .ci/bench $(dir $(BENCH)) | tee $(BENCH)'
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

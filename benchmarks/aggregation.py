@@ -1,11 +1,12 @@
 """What a bag costs between the vision model and the language model, and what share of a training step that is.
 
-python benchmarks/aggregation.py [--rounds 5] [--num-images 1 2 5 10 21] [--no-shares]
+python benchmarks/aggregation.py [--rounds 5] [--num-images 1 2 5 10 15 21] [--no-shares] [--picture cost.png]
 
 From image embeddings to the Q-Former's output, forward and backward, at the real size (12 blocks, H = 768, 12 heads,
 D = 1408, R = 32, cross-attention in every second block), float32, bags of two, P = 257: MIVPG with AB-MIL and CSA
 against transformers' `Blip2QFormerModel` on the concatenated patches. Embeddings need no gradient, every weight does;
-dropout is BLIP-2's (0.1) or off. Beside what was measured stand the multiply-adds of all matrix products, counted.
+dropout is BLIP-2's (0.1) or off. Beside what was measured stand the multiply-adds of all matrix products, counted, and
+how far it is from a fixed part + a part an image; the picture shows both over N.
 
 Before that, the whole training step by share: vision model, aggregation, language model. On a CPU the vision model is
 measured on one image and the language model by one block, and multiplied; the aggregation is measured whole. Prints
@@ -14,10 +15,15 @@ Markdown.
 
 import argparse
 import gc
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,7 +146,7 @@ def compare(
     return measured, {name: peak_bytes(run) for name, run in passes.items()}
 
 
-def measured_cells(measured: Seconds, peaks: dict[str, int]) -> list[str]:
+def measured_cells(measured: Seconds, peaks: Mapping[str, int]) -> list[str]:
     """What `compare` found, under `MEASURED_COLUMNS`."""
     return [
         str(measured.of(OURS)),
@@ -152,24 +158,31 @@ def measured_cells(measured: Seconds, peaks: dict[str, int]) -> list[str]:
     ]
 
 
-def aggregation_row(
-    rivals: dict[str, nn.Module], image_embeds: Tensor, counts: dict[str, int], *, rounds: int, dropout: bool
-) -> list[str]:
-    """A row: seconds, ratio, peaks, and what was counted.
+@dataclass(frozen=True)
+class Costs:
+    """Of one pass over a batch, rival by rival."""
 
-    Args:
-        rivals: The two models.
-        image_embeds: (B, N, P, D).
-        counts: Multiply-adds of one bag.
-        rounds: How often they are run.
-        dropout: Whether it is on.
-    """
-    measured, peaks = compare(rivals, image_embeds, rounds=rounds, dropout=dropout)
-    in_billions = {name: len(image_embeds) * count / 1e9 for name, count in counts.items()}
-    rates = {name: in_billions[name] / measured.of(name).median for name in rivals}
+    seconds: Seconds
+    peaks: Mapping[str, int]
+    """Bytes, above weights and gradients."""
+    multiply_adds: Mapping[str, int]
+
+    def of(self, rival: str) -> dict[str, float]:
+        """By unit; seconds are the median."""
+        return {
+            "s": self.seconds.of(rival).median,
+            "peak MB": self.peaks[rival] / 1e6,
+            "10^9 multiply-adds": self.multiply_adds[rival] / 1e9,
+        }
+
+
+def aggregation_row(name: str, costs: Costs) -> list[str]:
+    """A row: seconds, ratio, peaks, and what was counted."""
+    in_billions = {rival: count / 1e9 for rival, count in costs.multiply_adds.items()}
+    rates = {rival: count / costs.seconds.of(rival).median for rival, count in in_billions.items()}
     return [
-        f"{image_embeds.shape[1]}{'' if dropout else ', no dropout'}",
-        *measured_cells(measured, peaks),
+        name,
+        *measured_cells(costs.seconds, costs.peaks),
         f"{in_billions[OURS]:.2f}",
         f"{in_billions[THEIRS]:.2f}",
         f"{in_billions[THEIRS] / in_billions[OURS]:.2f}",
@@ -193,6 +206,112 @@ AGGREGATION_COLUMNS = [
     "times as few",
     "10^9 a second",
 ]
+
+
+# ── Over the number of images ───────────────────────────────────────────────────────────────────────────────────────
+
+GROWTH = {OURS: "(NP + RN)", THEIRS: "RNP"}
+"""What each rival's cost grows with. At one P and one R both are straight lines over N, and so are the counts."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A fixed part, and the same for every image."""
+
+    fixed: float
+    an_image: float
+
+    @classmethod
+    def through(cls, values: Mapping[int, float]) -> "Curve":
+        """The one nearest to values over N, by least squares."""
+        an_image, fixed = statistics.linear_regression(list(values), list(values.values()))
+        return cls(fixed, an_image)
+
+    def at(self, num_images: int) -> float:
+        """What it says of a bag."""
+        return self.fixed + num_images * self.an_image
+
+    def largest_deviation(self, values: Mapping[int, float]) -> float:
+        """Of values over N from it, as a share of what it says."""
+        return max(abs(value / self.at(number) - 1) for number, value in values.items())
+
+
+def over_images(costs: Mapping[int, Costs], rival: str, unit: str) -> dict[int, float]:
+    """One unit of `Costs.of` over N."""
+    return {number: cost.of(rival)[unit] for number, cost in costs.items()}
+
+
+def curve_rows(costs: Mapping[int, Costs]) -> list[list[str]]:
+    """A row a unit: each rival's curve and how far values are from it, and how much steeper the concatenation's is."""
+    rows = []
+    for unit in next(iter(costs.values())).of(OURS):
+        values = {rival: over_images(costs, rival, unit) for rival in RIVALS}
+        curves = {rival: Curve.through(values[rival]) for rival in RIVALS}
+        cells = [
+            cell
+            for rival, curve in curves.items()
+            for cell in (
+                f"{curve.fixed:.3g}",
+                f"{curve.an_image:.3g}",
+                f"{100 * curve.largest_deviation(values[rival]):.1f} %",
+            )
+        ]
+        rows.append([unit, *cells, f"{curves[THEIRS].an_image / curves[OURS].an_image:.1f}"])
+    return rows
+
+
+CURVE_COLUMNS = [
+    "",
+    "MIVPG, fixed",
+    "an image more",
+    "largest deviation",
+    "concatenated, fixed",
+    "an image more",
+    "largest deviation",
+    "times as much an image",
+]
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": "#d5d9de",
+    "grid.linewidth": 0.5,
+}
+LOOKS = {OURS: ("#2f6690", "o"), THEIRS: ("#d55e00", "s")}
+"""Colour and mark; blue and vermilion differ to every eye."""
+
+
+def draw_curves(costs: Mapping[int, Costs]) -> Figure:
+    """Seconds and peak memory over N, both rivals: points as measured, and their curves."""
+    ends = [min(costs), max(costs)]
+    with matplotlib.style.context(["default", STYLE]):
+        figure = Figure((7, 3.5), layout="constrained")
+        times, memory = figure.subplots(1, 2)
+        handles = {}
+        for rival, (colour, mark) in LOOKS.items():
+            spreads = [cost.seconds.of(rival) for cost in costs.values()]
+            below = [spread.median - spread.least for spread in spreads]
+            above = [spread.most - spread.median for spread in spreads]
+            for axes, unit, bars in ((times, "s", (below, above)), (memory, "peak MB", None)):  # measured once
+                values = over_images(costs, rival, unit)
+                curve = Curve.through(values)
+                (line,) = axes.plot(ends, [curve.at(number) for number in ends], color=colour, linewidth=1)
+                points = axes.errorbar(
+                    list(values), list(values.values()), bars, fmt=mark, markersize=3, capsize=4, color=colour
+                )
+                handles[f"{rival}; line: a + b {GROWTH[rival]}"] = (line, points)
+        for axes in (times, memory):
+            axes.set_ylim(bottom=0)
+            axes.set_xticks(list(costs))
+            axes.set_xlabel("N, images a bag")
+        times.set(title="Time, forward and backward", ylabel="seconds: median, least to most")
+        memory.set(title="Peak memory", ylabel="MB beyond weights and gradients")
+        figure.legend(handles.values(), handles, loc="outside upper center", frameon=False)
+    return figure
 
 
 # ── The whole step by share ─────────────────────────────────────────────────────────────────────────────────────────
@@ -328,9 +447,12 @@ def product_rate(size: int = 2048) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--num-images", type=int, nargs="*", default=[1, 2, 5, 10, 21])
+    parser.add_argument("--num-images", type=int, nargs="*", default=[1, 2, 5, 10, 15, 21])
     parser.add_argument("--no-shares", action="store_true", help="leave out vision model and language model")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="an .svg or .png of seconds and memory over N")
     arguments = parser.parse_args()
+    if arguments.picture and len(set(arguments.num_images)) < 2:
+        parser.error("--picture takes two numbers of images or more.")
     torch.manual_seed(0)
     qformer: dict[str, Any] = {}  # BLIP-2's sizes
     print(f"{machine()}; a square product of 2,048 runs at {product_rate() / 1e9:.0f} 10^9 multiply-adds a second\n")
@@ -345,14 +467,28 @@ def main() -> None:
         print(markdown(columns, rows), flush=True)
     rivals = make_rivals(qformer)
     print("\nAggregation, forward and backward, in turn; median (least to most)\n")
-    rows = []
+    rows, costs = [], {}
     for number in arguments.num_images:
         embeds = torch.randn(BATCH_SIZE, number, NUM_TOKENS, rivals[OURS].model.config.image_embeds_size, device=DEVICE)
-        counts = {name: count_aggregation(name, qformer, number) for name in rivals}
-        rows.append(aggregation_row(rivals, embeds, counts, rounds=arguments.rounds, dropout=True))
+        counts = {name: BATCH_SIZE * count_aggregation(name, qformer, number) for name in rivals}
+        costs[number] = Costs(*compare(rivals, embeds, rounds=arguments.rounds, dropout=True), counts)
+        rows.append(aggregation_row(str(number), costs[number]))
         if number == max(arguments.num_images):
-            rows.append(aggregation_row(rivals, embeds, counts, rounds=arguments.rounds, dropout=False))
+            without = Costs(*compare(rivals, embeds, rounds=arguments.rounds, dropout=False), counts)
+            rows.append(aggregation_row(f"{number}, no dropout", without))
     print(markdown(AGGREGATION_COLUMNS, rows))
+    if len(costs) > 1:
+        steeper = NUM_QUERIES * NUM_TOKENS / (NUM_TOKENS + NUM_QUERIES)
+        print(
+            "\nCurves through medians and counts by least squares, a fixed part + a part an image: "
+            f"a + b {GROWTH[OURS]} for {OURS}, a + b {GROWTH[THEIRS]} for the {THEIRS}. With P = {NUM_TOKENS} and "
+            f"R = {NUM_QUERIES} both are straight over N; {GROWTH[THEIRS]} is {steeper:.1f} times {GROWTH[OURS]}\n"
+        )
+        print(markdown(CURVE_COLUMNS, curve_rows(costs)))
+    if arguments.picture:
+        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_curves(costs).savefig(arguments.picture, dpi=120)
+        print(f"\n![Seconds and peak memory over the number of images]({arguments.picture.name})")
 
 
 if __name__ == "__main__":

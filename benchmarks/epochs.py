@@ -9,8 +9,9 @@ is downloaded. Prints Markdown, a table a part:
   image against reading its features.
 - shares: epochs of `mivpg.training.train` itself. What counts as the model is its forward pass with the loss, its
   backward pass, and the optimizer's step, each waited for on the device. All else is outside: waiting for a batch,
-  bringing it to the device, clipping gradients, the schedule, the log, and the rest of the trainer's Python. Captions
-  and the checkpoint at the end of an epoch are not in it. The first epoch is passed over.
+  bringing it to the device, clipping and zeroing gradients (which is arithmetic, and stands apart, too), the schedule,
+  the log, and the rest of the trainer's Python. Captions and the checkpoint at the end of an epoch are not in it. The
+  first epoch is passed over.
 - extraction: images a second of `extract_features`, from JPEG files of 1000 x 750 pixels to a store, against the
   vision model alone on the same batches in memory. What it does once, whatever the number of images (a digest of the
   weights that goes into the store), is measured on a store that is whole, and stands apart.
@@ -168,6 +169,8 @@ class Epoch:
     """Forward pass with the loss, backward pass, optimizer's step."""
     waiting: float
     """For the next batch."""
+    gradients: float
+    """Clipping them, and setting them to zero."""
 
 
 class TimedTrainer(training.MivpgTrainer):
@@ -179,12 +182,19 @@ class TimedTrainer(training.MivpgTrainer):
     def __init__(self, model: MivpgForConditionalGeneration, *others: Any, epochs: list[Epoch], **options: Any) -> None:
         draw_zeros(model)
         super().__init__(model, *others, **options)
-        self.of_model, self.of_waiting, self.of_epoch = Clock(), Clock(), Clock()
+        self.of_epoch, self.of_model, self.of_waiting, self.of_gradients = (Clock() for _ in range(4))
         model.register_forward_pre_hook(self.of_model.start)
         model.register_forward_hook(self.of_model.stop)
         self.accelerator.backward = self.of_model.around(self.accelerator.backward)
         self.get_batch_samples = self.of_waiting.around(self.get_batch_samples)
+        self._clip_grad_norm = self.of_gradients.around(self._clip_grad_norm)
+        model.zero_grad = self.of_gradients.around(model.zero_grad)
         self.add_callback(EpochCallback(self, epochs))
+
+    @property
+    def clocks(self) -> tuple[Clock, ...]:
+        """In the order of `Epoch`'s fields."""
+        return self.of_epoch, self.of_model, self.of_waiting, self.of_gradients
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """With the clock around its step."""
@@ -202,14 +212,13 @@ class EpochCallback(TrainerCallback):
         self.epochs = epochs
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        for clock in (self.trainer.of_model, self.trainer.of_waiting, self.trainer.of_epoch):
+        for clock in self.trainer.clocks:
             clock.seconds = 0.0
         self.trainer.of_epoch.start()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.of_epoch.stop()
-        clocks = (self.trainer.of_epoch, self.trainer.of_model, self.trainer.of_waiting)
-        self.epochs.append(Epoch(*(clock.seconds for clock in clocks)))
+        self.epochs.append(Epoch(*(clock.seconds for clock in self.trainer.clocks)))
 
 
 def timed_epochs(config: TrainConfig) -> list[Epoch]:
@@ -277,11 +286,13 @@ def shares_of_epochs(runs: dict[str, TrainConfig]) -> str:
     rows = []
     for title, config in runs.items():
         epochs = timed_epochs(config)
-        whole = spread(epoch.whole for epoch in epochs)
-        outside = spread(100 * (1 - epoch.model / epoch.whole) for epoch in epochs)
-        waiting = spread(100 * epoch.waiting / epoch.whole for epoch in epochs)
-        rows.append([title, whole, outside, waiting])
-    return markdown(["run", "seconds an epoch", "% outside the model", "% waiting for a batch"], rows)
+        shares = [
+            spread(100 * share(epoch) / epoch.whole for epoch in epochs)
+            for share in (lambda e: e.whole - e.model, lambda e: e.waiting, lambda e: e.gradients)
+        ]
+        rows.append([title, spread(epoch.whole for epoch in epochs), *shares])
+    columns = ["run", "seconds an epoch", "% outside the model", "% waiting for a batch", "% clipping and zeroing"]
+    return markdown(columns, rows)
 
 
 # ── From images to features ─────────────────────────────────────────────────────────────────────────────────────────
@@ -387,7 +398,7 @@ def main() -> None:
         if "shares" in arguments.parts:
             (folder / "b").mkdir()
             runs = training_runs(
-                folder / "b", num_products=300, num_slides=200, num_bags=16, num_instances=400, qformer={}
+                folder / "b", num_products=300, num_slides=200, num_bags=32, num_instances=400, qformer={}
             )
             print(f"\n{shares_of_epochs(runs)}", flush=True)
         if "extraction" in arguments.parts:

@@ -5,6 +5,7 @@ What counts is a ratio of neighbours in time: its median, and the least and the 
 
 import gc
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -96,34 +97,36 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in memory_events(profiler):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
 
 
-def kept_bytes(run: Callable[[], Tensor], *, beside: Iterable[Tensor]) -> int:
-    """What a forward pass keeps for its backward pass, each storage once.
+def memory_events(profiler: profile) -> list[Any]:
+    """What was allocated, and with a minus what was given back, in order."""
+    events = profiler.profiler.kineto_results.events()
+    return sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+
+
+def kept_bytes(run: Callable[[], Tensor]) -> int:
+    """What a forward pass keeps for its backward pass: what there is more after it, once its result is let go.
 
     Args:
-        run: The forward pass; what it returns is held until all is counted.
-        beside: Tensors that are there anyhow: parameters, the bag.
+        run: The forward pass; of its result only the graph is held, and with it what was saved there.
     """
-    there = {tensor.untyped_storage().data_ptr() for tensor in beside}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = run()
-    del result
-    return sum(kept.values())
+    gc.collect()
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        graph = run().grad_fn
+        kept = torch.cuda.memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            graph = run().grad_fn
+        kept = sum(event.nbytes() for event in memory_events(profiler))
+    assert graph is not None, "a forward pass that keeps nothing"
+    return kept
 
 
 def markdown(columns: list[str], rows: Iterable[list[Any]]) -> str:
@@ -148,5 +151,7 @@ def machine() -> str:
 def commit() -> str:
     """Of the checkout that this file lies in, if it is one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    if not shutil.which("git"):
+        return "unknown"
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

@@ -1,14 +1,38 @@
-"""Prints, after the tests, the figures that they measured and held to a bound: what `record_property` was given."""
+"""One METEOR for tests that score captions; and a last word: the figures that tests measured and held to a bound."""
 
 from collections import defaultdict
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # models of a few numbers run slower on two, and many times so where others run beside them
 
 
+@pytest.fixture(scope="session")
+def running_meteor():
+    """A METEOR that goes on running when it is told to end; it takes five seconds to start."""
+    from mivpg.evaluation import Meteor, find_java
+
+    meteor = Meteor(find_java())
+    end, meteor.end = meteor.end, lambda: None
+    yield meteor
+    end()
+
+
+@pytest.fixture(scope="module")
+def one_meteor(running_meteor):
+    """What starts a METEOR in this process gets the one that runs."""
+    from mivpg import evaluation
+    from mivpg.experiments import results
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (evaluation, results):
+            patch.setattr(module, "Meteor", lambda java: running_meteor)
+        yield
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
-    """One line a figure: the largest of all tests that recorded it, and how many did."""
+    """One line a figure that was given to `record_property`: the largest of all tests, and how many recorded it."""
     measured: dict[str, list[float]] = defaultdict(list)
     for reports in terminalreporter.stats.values():
         for report in reports:

@@ -1,4 +1,4 @@
-"""Extracts features of a bag file, a whole run or one that is killed: MODEL BAGS OUT [KILLS].
+"""Extracts features of a bag file, as one of several processes or in a run that is killed: MODEL BAGS OUT [KILLS].
 
 With KILLS, child processes do the work, and each of the first so many is killed with SIGKILL at a random moment.
 Prints how many were.

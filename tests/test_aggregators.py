@@ -8,7 +8,7 @@ import torch
 from mivpg import MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.aggregators.named import AGGREGATORS, SCORING_AGGREGATORS
 from mivpg.bags import Bag
-from mivpg.captioning import caption_bags
+from mivpg.captioning import GenerationOptions, caption_bags
 from mivpg.configuration_mivpg import AggregatorName, MivpgConfig
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.bag_file import BagFileConfig
@@ -139,11 +139,12 @@ def test_it_trains_and_its_checkpoint_is_what_trained(tmp_path, aggregator):
         model=ModelConfig(base=str(BASE_MODEL), **options_of(aggregator)),
         dataset=DatasetConfig(bag_file=BagFileConfig(path=tmp_path / "bags.jsonl")),
         output_dir=tmp_path / "run",
-        num_train_epochs=2,
+        num_train_epochs=1,
         batch_size=2,
         learning_rate=1e-3,
         num_workers=0,
         best_metric="BLEU@4",
+        validation=GenerationOptions(num_beams=1, max_new_tokens=5),
     )
     best = train(config)
     model = MivpgForConditionalGeneration.from_pretrained(best).eval()

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -455,7 +456,7 @@ def test_from_generated_slides_to_captions(densenet, slides, tmp_path, monkeypat
     config = BaselineConfig(features_from="two", embedding_dim=8, hidden_dim=32, num_epochs=40, learning_rate=1e-2)
     scripted(monkeypatch, *np.linspace(0, 1, 40))
     runs = {
-        "cnn": train_baseline(files, slides, slides, tmp_path / "cnn", config),
+        "cnn": train_baseline(files, slides, slides, tmp_path / "cnn", replace(config, num_epochs=2)),
         "store": train_baseline(stored_features(store), store, store, tmp_path / "store", config),
     }
     blind = [Sample(id=sample.id) for sample in slides]  # captions are not looked at

@@ -3,13 +3,14 @@
 The rivals are alike where they have to be, what is counted is what the equations give, and a wrong model would show.
 """
 
+import numpy as np
 import pytest
 import torch
 from transformers import Blip2VisionConfig, OPTConfig
 
 import aggregation
 import blocks
-from measuring import Seconds
+from measuring import Seconds, kept_bytes
 from mivpg import folded_attention
 
 BLOCK = blocks.Sizes(instance_size=12, hidden_size=16, num_heads=2, num_queries=5)
@@ -50,16 +51,25 @@ def test_small_bags_are_measured_unfolded(folded_from_8) -> None:
     times, kept = blocks.block_rows(BLOCK, 7, rounds=2)
     assert times[0] == kept[0] == "7, straightforward (sdpa)"
     assert kept[1] == kept[2]  # MB, MB of sdpa
-    assert kept[5] == "1.000, 1.000"
+    assert kept[4:7] == ["1.000"] * 3
     assert blocks.block_rows(BLOCK, 8, rounds=1)[0][0] == "8, folded"
 
 
 def test_what_an_instance_makes_the_folded_form_keep(folded_from_8) -> None:
-    """Itself, updated, and two weights for each query of each head; straightforward attention at least Q, K and V."""
+    """Two weights for each query of each head, and of two blocks the first one's update; else at least Q, K and V."""
     few, many = blocks.Work.draw(BLOCK, 100), blocks.Work.draw(BLOCK, 300)
-    assert many.kept("chosen") - few.kept("chosen") == 200 * 4 * (D + 2 * AR)
+    assert many.kept("chosen") - few.kept("chosen") == 200 * 4 * 2 * AR
+    assert many.kept("chosen", 2) - few.kept("chosen", 2) == 200 * 4 * (D + 4 * AR)
     for form in blocks.STRAIGHTFORWARD:
         assert many.kept(form) - few.kept(form) >= 200 * 4 * (D + 3 * H)
+
+
+def test_kept_is_what_autograd_saves() -> None:
+    weight = torch.ones(1000, requires_grad=True)
+    assert kept_bytes(lambda: weight.exp()) == 4000  # its result
+    assert kept_bytes(lambda: weight.exp().sum()) == 4000
+    assert kept_bytes(lambda: weight * weight.detach()) == 0
+    assert kept_bytes(lambda: weight.sin().sin().sin()) == 8000  # each its input, of which one is the weight
 
 
 def test_slopes_are_those_of_a_power() -> None:
@@ -144,13 +154,63 @@ def test_rows_of_aggregation_hold_what_was_measured() -> None:
     rivals = aggregation.make_rivals(QFORMER | {"hidden_size": 2 * L}, num_queries=R)  # wider than AB-MIL
     counts = {aggregation.OURS: 1_000_000_000, aggregation.THEIRS: 4_000_000_000}
     embeds = torch.randn(2, 3, 7, D)
-    row = aggregation.aggregation_row(rivals, embeds, counts, rounds=2, dropout=False)
+    measured, peaks = aggregation.compare(rivals, embeds, rounds=2, dropout=False)
+    row = aggregation.aggregation_row("3", aggregation.Costs(measured, peaks, counts))
     assert len(row) == len(aggregation.AGGREGATION_COLUMNS)
-    assert row[0] == "3, no dropout" and row[7:10] == ["2.00", "8.00", "4.00"]
+    assert row[0] == "3" and row[7:10] == ["1.00", "4.00", "4.00"]
     _, peaks = aggregation.compare(rivals, embeds, rounds=1, dropout=True)
     assert all(rival.training for rival in rivals.values())
     more = aggregation.compare(rivals, embeds.repeat(1, 20, 1, 1), rounds=1, dropout=False)[1]
     assert more[aggregation.THEIRS] - peaks[aggregation.THEIRS] > more[aggregation.OURS] - peaks[aggregation.OURS]
+
+
+def test_curves_are_drawn_through_what_was_measured_and_say_how_far_it_is(monkeypatch, tmp_path, capsys) -> None:
+    numbers = [1, 4, 6, 9]
+    medians = {aggregation.OURS: [0.5, 0.58, 0.55, 0.63], aggregation.THEIRS: [0.6, 1.5, 2.0, 3.2]}
+    peaks = {aggregation.OURS: [60e6, 66e6, 70e6, 76e6], aggregation.THEIRS: [90e6, 150e6, 230e6, 300e6]}
+    make_rivals, count = aggregation.make_rivals, aggregation.count_aggregation
+
+    def as_if(rivals, image_embeds, **_) -> tuple[Seconds, dict[str, float]]:
+        place = numbers.index(image_embeds.shape[1])
+        rounds = {
+            name: [0.9 * medians[name][place], medians[name][place], 1.2 * medians[name][place]] for name in rivals
+        }
+        return Seconds(rounds), {name: peaks[name][place] for name in rivals}
+
+    monkeypatch.setattr(aggregation, "compare", as_if)
+    monkeypatch.setattr(aggregation, "product_rate", lambda: 1e9)
+    monkeypatch.setattr(aggregation, "make_rivals", lambda _: make_rivals(QFORMER, num_queries=R))
+    monkeypatch.setattr(aggregation, "count_aggregation", lambda name, _, number: count(name, QFORMER, number))
+    picture, figures, draw = tmp_path / "new" / "cost.png", [], aggregation.draw_curves
+    monkeypatch.setattr(aggregation, "draw_curves", lambda costs: figures.append(draw(costs)) or figures[0])
+    options = ["--no-shares", "--num-images", *map(str, numbers), "--picture", str(picture)]
+    monkeypatch.setattr("sys.argv", ["aggregation.py", *options])
+    aggregation.main()
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "![Seconds and peak memory over the number of images](cost.png)" in printed
+    rows = {row.split(" | ")[0]: row.strip("| ").split(" | ") for row in printed.splitlines()}
+    for axes, unit, expected in zip(figures[0].axes, ("s", "peak MB"), (medians, peaks), strict=True):
+        cells, slopes = rows[f"| {unit}"], []
+        for index, rival in enumerate((aggregation.OURS, aggregation.THEIRS)):
+            values = np.array(expected[rival]) / (1 if unit == "s" else 1e6)
+            slope, fixed = np.polyfit(numbers, values, 1)
+            curve = fixed + slope * np.array(numbers)
+            deviation = 100 * np.abs((values - curve) / curve).max()
+            slopes.append(slope)
+            assert cells[1 + 3 * index : 4 + 3 * index] == [f"{fixed:.3g}", f"{slope:.3g}", f"{deviation:.1f} %"]
+            points, _, bars = axes.containers[index].lines
+            assert points.get_xydata() == pytest.approx(np.column_stack([numbers, values]))
+            drawn = [line for line in axes.lines if line.get_linestyle() == "-"][index]
+            assert drawn.get_xydata() == pytest.approx(np.array([[1, curve[0]], [9, curve[-1]]]))
+            if unit == "s":
+                ends = [segment[:, 1] for segment in bars[0].get_segments()]
+                assert ends == pytest.approx(np.column_stack([0.9 * values, 1.2 * values]))
+            else:
+                assert not bars
+        assert cells[7] == f"{slopes[1] / slopes[0]:.1f}"
+    assert [rows["| 10^9 multiply-adds"][place] for place in (3, 6)] == ["0.0 %"] * 2
 
 
 def test_the_whole_step_is_put_together_from_its_parts(monkeypatch) -> None:

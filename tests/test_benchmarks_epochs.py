@@ -139,7 +139,8 @@ def test_an_epoch_is_divided_between_the_model_and_what_is_outside(world, tmp_pa
     """Time that a batch, or the forward pass, takes longer is found where it was spent."""
     plain = epochs.timed_epochs(tiny_train_config(world, output_dir=tmp_path / "plain", num_train_epochs=3))
     assert len(plain) == 2
-    assert all(epoch.model > 0 and epoch.model + epoch.waiting < epoch.whole for epoch in plain)
+    assert all(epoch.model > 0 and epoch.gradients > 0 for epoch in plain)
+    assert all(epoch.model + epoch.waiting + epoch.gradients < epoch.whole for epoch in plain)
     assert capsys.readouterr().out == ""
 
     def slowly(run):
@@ -177,10 +178,10 @@ def test_the_backward_pass_and_the_step_count_as_the_model(world, tmp_path, monk
 
 
 def test_shares_are_those_of_each_epoch(monkeypatch):
-    taken = [epochs.Epoch(whole=10.0, model=9.0, waiting=0.5), epochs.Epoch(whole=10.0, model=8.0, waiting=0.5)]
+    taken = [epochs.Epoch(10.0, model, waiting=0.5, gradients=0.2) for model in (9.0, 8.0)]
     monkeypatch.setattr(epochs, "timed_epochs", lambda config: taken)
     assert epochs.shares_of_epochs({"a run": None}).splitlines()[-1] == (
-        "| a run | 10 (10 to 10) | 15 (10 to 20) | 5 (5 to 5) |"
+        "| a run | 10 (10 to 10) | 15 (10 to 20) | 5 (5 to 5) | 2 (2 to 2) |"
     )
 
 

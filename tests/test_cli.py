@@ -342,6 +342,7 @@ def test_the_author_of_a_file_of_captions_is_told_by_its_weights(world, trained)
     assert first.fingerprint() != second.fingerprint()
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     """One of three test bags cannot be read; the other two are scored."""
     (tmp_path / "broken.png").write_text("no picture")

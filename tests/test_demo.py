@@ -27,21 +27,27 @@ from mivpg.miniature.traits import (
     trait_accuracies,
 )
 from mivpg.report import BagExample
+from test_cli import Result, mivpg, one_line
 
 ARM_NAMES = {"zero_shot", "single_image", "patch_concatenation", "mivpg_without_csa", "mivpg"}
 METRICS = {"BLEU@4", "METEOR", "ROUGE_L", "CIDEr"}
 SMALL = {"--num-products": "60", "--num-train-epochs": "1"}
 
 
-def demo(out: Path, options: dict[str, str] | None = None, **kwargs) -> subprocess.Popen:
-    words = [word for option in (SMALL | (options or {})).items() for word in option]
-    command = [sys.executable, "-m", "mivpg.cli", "demo", "--out", str(out), *words]
+def words_of(out: Path, options: dict[str, str] | None = None) -> list[str]:
+    options = {"--out": str(out)} | SMALL | (options or {})
+    return ["demo", *(word for option in options.items() for word in option)]
+
+
+def start(out: Path, **kwargs) -> subprocess.Popen:
+    """A demo as a user starts it."""
+    command = [sys.executable, "-m", "mivpg.cli", *words_of(out)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen) -> Result:
     output, errors = process.communicate(timeout=300)
-    return process.returncode, output, errors
+    return Result(process.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def whole(tmp_path_factory) -> Path:
     """A demo that nobody interrupted, without a display and with nowhere to keep fonts."""
     out = tmp_path_factory.mktemp("demo") / "whole"
     environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    code, output, errors = finish(demo(out, env=environment))
+    code, output, errors = finish(start(out, env=environment))
     assert code == 0, errors
     assert "Traceback" not in output + errors
     return out
@@ -125,35 +131,28 @@ def test_report_and_example_can_be_looked_at(whole):
 
 def test_its_model_captions_photos(whole):
     photos = sorted((whole / "catalogue/images/small").rglob("*.jpg"))[:2]
-    command = [
-        sys.executable,
-        "-m",
-        "mivpg.cli",
-        "caption",
-        "--model",
-        str(whole / "arms/mivpg/best"),
-        *map(str, photos),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert len(result.stdout.splitlines()) == 1
+    result = mivpg("caption", "--model", whole / "arms/mivpg/best", *photos)
+    assert result.code == 0 and len(result.out.splitlines()) == 1
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_a_finished_demo_does_nothing_again(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     results = json.loads((whole / "results.json").read_text())
-    code, _, errors = finish(demo(whole))
+    code, _, errors = mivpg(*words_of(whole))
     assert code == 0, errors
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")} == before
     again = json.loads((whole / "results.json").read_text())
     assert {**again, "seconds": None} == {**results, "seconds": None}
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     out = tmp_path / "interrupted"
     # A shell starts what runs in its background with SIGINT ignored, which children inherit.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     for moment in ("logs", "arms/*/config.yaml"):  # while the arms' processes start, and while they train
-        process = demo(out, start_new_session=True, preexec_fn=listen)
+        process = start(out, start_new_session=True, preexec_fn=listen)
         deadline = time.monotonic() + 200
         while not list(out.glob(moment)):
             assert time.monotonic() < deadline and process.poll() is None
@@ -163,7 +162,7 @@ def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
         code, output, errors = finish(process)
         assert code == 130 and errors.strip().splitlines()[-1] == "mivpg: interrupted", (output, errors)
         assert "Traceback" not in errors
-    code, _, errors = finish(demo(out))
+    code, _, errors = mivpg(*words_of(out))
     assert code == 0, errors
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (whole, out))
     for results in (first, second):
@@ -173,8 +172,8 @@ def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
 
 @pytest.mark.parametrize("options", [{"--seed": "1"}, {"--num-train-epochs": "2"}])
 def test_another_demo_in_the_same_folder_is_refused(whole, options):
-    code, _, errors = finish(demo(whole, options))
-    assert code == 1 and len(errors.splitlines()) == 1 and "name another folder" in errors
+    code, _, errors = mivpg(*words_of(whole, options))
+    assert code == 1 and one_line(errors) and "name another folder" in errors
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -187,14 +186,15 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0 and not Path("/proc/self").exists(), reason="nothing is read-only for root here")
 def test_without_permission_it_is_one_line():
-    code, _, errors = finish(demo(Path("/proc/self/demo")))
-    assert code == 1 and len(errors.splitlines()) == 1 and "/proc/self/demo" in errors
+    code, _, errors = mivpg(*words_of(Path("/proc/self/demo")))
+    assert code == 1 and one_line(errors) and "/proc/self/demo" in errors
 
 
 @pytest.mark.parametrize("number", ["0", "3", "-5"])
 def test_too_few_products_are_one_line(tmp_path, number):
-    code, _, errors = finish(demo(tmp_path / "demo", {"--num-products": number}))
-    assert code == 1 and len(errors.splitlines()) == 1 and "num_products" in errors
+    code, _, errors = mivpg(*words_of(tmp_path / "demo", {"--num-products": number}))
+    assert code == 1 and one_line(errors) and "num_products" in errors
+    assert not (tmp_path / "demo").exists()
 
 
 # ── Figures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

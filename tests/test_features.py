@@ -34,6 +34,7 @@ from mivpg import (
     extract_features,
 )
 from mivpg.bags import one_pair_a_reference
+from mivpg.datasets.bag_file import load_bag_file
 from mivpg.feature_files import name_in_store, read_features
 from mivpg.features import _open_batches, _share_of
 from tiny import randomize_added_weights
@@ -251,8 +252,10 @@ class TestGoingOn:
         lines = (json.dumps({"id": s.id, "images": [str(path) for path in s.images]}) + "\n" for s in samples)
         table.write_text("".join(lines))
 
+        model = MivpgForConditionalGeneration.from_pretrained(blip2_folder)
+        processor = MivpgProcessor.from_pretrained(blip2_folder)
+        extract_features(model, processor, load_bag_file(table), tmp_path / "one go", batch_size=4)
         alone = [sys.executable, str(Path(__file__).with_name("extraction_script.py")), str(blip2_folder), str(table)]
-        subprocess.run([*alone, str(tmp_path / "one go")], check=True, capture_output=True)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *alone[1:]]
         subprocess.run([*torchrun, str(tmp_path / "two")], check=True, capture_output=True)
         kills = subprocess.run([*alone, str(tmp_path / "killed"), "10"], check=True, capture_output=True, text=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,7 +34,7 @@ from families import (
 )
 from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
 from parameters import LANGUAGE_MODELS, real_size
-from tiny import randomize_added_weights
+from tiny import randomize_added_weights, tiny_config, tiny_model
 
 QFORMER = {
     "hidden_size": 32,
@@ -391,6 +393,22 @@ class TestFreezing:
             frozen = name.split(".")[0] in ("vision_model", "language_model")
             assert module.training == (not frozen), name
         assert not any(m.training for m in model.eval().modules())
+
+    @settings(max_examples=30, deadline=None)
+    @given(st.data())
+    def test_also_when_it_is_asked_again_and_something_was_frozen_meanwhile(self, data):
+        model = tiny_model(tiny_config()).train()
+        modules = list(model.modules())
+        for module in data.draw(st.lists(st.sampled_from(modules), max_size=6)):
+            module.requires_grad_(data.draw(st.booleans()))
+        data.draw(st.sampled_from(modules)).train(data.draw(st.booleans()))
+        model.train()
+        told = dict.fromkeys(modules, True)
+        for module in modules[1:]:  # a parent comes before what it holds
+            weights = list(module.parameters())
+            if weights and not any(weight.requires_grad for weight in weights):
+                told |= dict.fromkeys(module.modules(), False)
+        assert {module: module.training for module in modules} == told
 
     @pytest.mark.parametrize("trainable", [["language_projection"], ["vision_model", "qformer"], ["query_tokens"]])
     def test_the_list_is_what_has_gradients(self, blip2_folder, trainable):

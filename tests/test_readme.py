@@ -1,8 +1,6 @@
 """The README's code runs, with a small random BLIP-2 in place of the real one and the photos that it names."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import yaml
 from PIL import Image
 
 from families import save_blip2
+from mivpg.cli import main
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 HUB_ID = "Salesforce/blip2-opt-2.7b"
@@ -45,6 +44,7 @@ def test_python(shop, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.usefixtures("one_meteor")
 def test_commands(shop):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("mivpg ")]
     assert [command.split()[1] for command in commands] == [
@@ -67,7 +67,7 @@ def test_commands(shop):
             continue  # tests/test_demo.py and test_reproduce.py run them
         if arguments[0] in ("caption", "evaluate"):
             arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
-        subprocess.run([sys.executable, "-m", "mivpg.cli", *arguments], check=True)
+        main(arguments)
     assert len(list((shop / "features" / "blip2_28px_all_float16").glob("*.safetensors"))) == 20
     assert len(list((shop / "runs" / "classify").glob("fold-*.jsonl"))) == 5
     assert (shop / "metrics.json").is_file() and (shop / "captions.jsonl").is_file()

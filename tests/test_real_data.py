@@ -81,7 +81,7 @@ def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
             weight_decay=0.0,
             batch_size=2,
             num_workers=0,
-            validation=GenerationOptions(num_beams=1, max_new_tokens=100),
+            validation=GenerationOptions(num_beams=1, max_new_tokens=1),  # what is looked at is the last checkpoint
         )
     )
     last = tmp_path / "run" / "checkpoint-240"
@@ -188,7 +188,7 @@ def stories_config(tmp_path: Path, dataset: DatasetConfig, **model) -> TrainConf
         learning_rate=3e-3,
         batch_size=4,
         num_workers=0,
-        validation=GenerationOptions(num_beams=1, max_new_tokens=40),
+        validation=GenerationOptions(num_beams=1, max_new_tokens=10),
     )
 
 

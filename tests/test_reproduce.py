@@ -41,7 +41,7 @@ def tiny_scale():
     """The miniature with a few bags and one epoch."""
     draws = {
         "products": lambda root: make_catalogue(root, num_products=20, seed=0),
-        "slides": lambda root: make_patch_gastric(root, num_slides=40, mean_patches=6, seed=0),
+        "slides": lambda root: make_patch_gastric(root, num_slides=24, mean_patches=5, seed=0),
         "scenes": lambda root: make_coco(root, num_pictures=20, seed=0),
     }
     settings = {
@@ -60,6 +60,7 @@ def tiny_scale():
         unfrozen_sizes=(16,),
         epochs=(0, 2),
         recurrent={"embedding_dim": 8, "hidden_dim": 8, "num_epochs": 1},
+        patch_size=48,
         pretraining=None,
     )
 
@@ -93,7 +94,7 @@ def few_arms(scale):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, one_meteor):
     """Every experiment with two seeds, and one run that fails."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     patch = pytest.MonkeyPatch()
@@ -348,19 +349,10 @@ def test_what_is_not_there(tmp_path):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sleeping(Run):
-    """Says which process it is, and goes on for ten minutes."""
-
-    def execute(self):
-        self.log.with_suffix(".pid").write_text(str(os.getpid()))
-        time.sleep(600)
-
-
 def test_a_killed_parent_takes_its_runs_with_it(tmp_path):
     """Else the next command would start the same runs beside them."""
     script = (
-        "from pathlib import Path; from mivpg.experiments.runner import run_all; from test_reproduce import Sleeping; "
+        "from pathlib import Path; from mivpg.experiments.runner import run_all; from sleeping_run import Sleeping; "
         f"folder = Path({str(tmp_path)!r}); "
         "run_all([Sleeping(name='a', log=folder / 'a.txt', captions={folder / 'a.jsonl': None})])"
     )

@@ -20,6 +20,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast, T5ForConditionalGeneration, TrainerCallback
 
+from mivpg.captioning import GenerationOptions
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.bag_file import BagFileConfig
 from mivpg.training import MivpgTrainer, ModelConfig, TrainConfig, train
@@ -85,6 +86,7 @@ def tiny_train_config(
         "learning_rate": 0.01,
         "logging_steps": 1,
         "num_workers": 0,
+        "validation": GenerationOptions(num_beams=1, max_new_tokens=8),
     }
     return TrainConfig(
         model=ModelConfig(

@@ -489,10 +489,11 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 parameter.data = parameter.data.float()
 
     def train(self, mode: bool = True):
-        """As in PyTorch, but frozen parts stay in eval mode."""
-        super().train(mode)
+        """As in PyTorch, but what is frozen as a whole stays in eval mode, with the dropouts it holds."""
+        if not (mode and self.training):
+            super().train(mode)
         if mode:
-            keep_frozen_in_eval(self)
+            set_training(self, find_trained(self, {}))
         return self
 
 
@@ -862,13 +863,25 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def keep_frozen_in_eval(module: nn.Module):
-    """Puts every part that is frozen as a whole into eval mode, with the dropouts it holds."""
+def find_trained(module: nn.Module, found: dict[nn.Module, bool | None]) -> dict[nn.Module, bool | None]:
+    """Of a module and all that it holds, whether a parameter trains; None where it has no parameters."""
+    trains = [parameter.requires_grad for parameter in module._parameters.values() if parameter is not None]
     for child in module.children():
-        if is_frozen(child):
-            child.eval()
-        else:
-            keep_frozen_in_eval(child)
+        trains += [of_child for of_child in [find_trained(child, found)[child]] if of_child is not None]
+    found[module] = any(trains) if trains else None
+    return found
+
+
+def set_training(module: nn.Module, trained: dict[nn.Module, bool | None]) -> None:
+    """Lets what a module holds be in training mode where it trains, or has no parameters and stands in what does.
+
+    A trainer asks before every step, and setting an attribute of a module is slow, so what stands right is left alone.
+    """
+    for child in module.children():
+        mode = trained[child] if trained[child] is not None else module.training
+        if child.training != mode:
+            child.train(mode)
+        set_training(child, trained)
 
 
 def recompute(forward: Callable, *args, **kwargs):

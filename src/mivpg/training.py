@@ -552,7 +552,7 @@ class MivpgTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process. Not prepared by accelerate, which divides and fills up batches its own way."""
-        return DataLoader(
+        return LastingLoader(
             self.train_dataset,
             batch_sampler=ShareSampler(
                 self.sampler,
@@ -562,6 +562,7 @@ class MivpgTrainer(Trainer):
             ),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_num_workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -730,6 +731,21 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             with self.log_file.open(mode) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+class LastingLoader(DataLoader):
+    """A loader whose readers last from epoch to epoch.
+
+    torch's own draws from the global generator when its readers start, so that dropout would be another where a run is
+    resumed. This one draws once an epoch, however often they start.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, generator=torch.Generator(), **options)
+
+    def __iter__(self) -> Any:
+        torch.empty((), dtype=torch.int64).random_()
+        return super().__iter__()
 
 
 class OpenedOrError(Dataset):

@@ -15,8 +15,6 @@ import csv
 import functools
 import io
 import json
-import multiprocessing
-import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +29,7 @@ from tqdm import tqdm
 from mivpg.classification import ClassifierConfig, make_classifier, predict, score_predictions, train_classifier
 from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
-from mivpg.experiments.runner import num_cores
+from mivpg.experiments.runner import clean_processes, num_cores
 from mivpg.files import refuse_used, write_whole
 from mivpg.report import Picture, Table, Text, markdown_table, spread, write_report
 from mivpg.training import QFormerSizes
@@ -215,9 +213,8 @@ def run_digits(out: Path, config: DigitsConfig | None = None) -> dict[str, Any]:
         for seed in range(config.num_seeds)
     ]
     missing = [(out, config, *job) for job in jobs if not _file(out, *job).exists()]
-    context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(num_cores(), initializer=_start_process) as pool,
+        clean_processes().Pool(num_cores(), initializer=_start_process) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), unit="classifier", disable=None) as progress,
     ):
         failures = []
@@ -242,10 +239,9 @@ def _file(out: Path, arm: DigitArm, task: Task, number: int, seed: int) -> Path:
 
 
 def _start_process() -> None:
-    """One thread each; Ctrl-C is the parent's."""
+    """One thread each."""
     torch.set_num_threads(1)
     threadpool_limits(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run_job(job: tuple[Path, DigitsConfig, DigitArm, Task, int, int]) -> str | None:

@@ -293,16 +293,13 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
     """
     runs = list({run.name: run for run in runs}.values())  # arms may share one
     waiting = sorted((run for run in runs if not run.is_done), key=lambda run: -run.cost)
+    if not waiting:
+        return {}
     for run in waiting:
         run.log.parent.mkdir(parents=True, exist_ok=True)
         for file in run.captions:
             file.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")  # a clean process, but torch is imported once for all
-    context.set_forkserver_preload([__name__])
-    # Ctrl-C is the parent's, which ends its children: they inherit from the server that they do not hear it.
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forkserver.ensure_running()
-    signal.signal(signal.SIGINT, heard)
+    context = clean_processes()
     gpus = visible_gpus()
     free = (gpus or [None] * (num_processes or num_cores()))[:num_processes]
     running: dict[str, tuple[Run, str | None, Any]] = {}
@@ -335,6 +332,17 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
             process.kill()
             process.join()
     return failed
+
+
+def clean_processes() -> multiprocessing.context.ForkServerContext:
+    """Makes processes that share nothing with this one but imports, which are made once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # Ctrl-C is the parent's, which ends its children: they inherit from the server that they do not hear it.
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, heard)
+    return context
 
 
 def num_cores() -> int:
