@@ -1,10 +1,11 @@
 """Captions a second: MIVPG, BLIP-2 on the patches of all images, and every token in the language model (LLaVA's way).
 
-python benchmarks/captions.py [--models miniature 100M] [--images 1 5 10 21] [--bags 2] [--rounds 3]
+python benchmarks/captions.py [--models miniature 100M] [--images 1 5 10 21] [--bags 2] [--beams 1]
+    [--rounds 3]
 
 Two models: the miniature that comes with the package, and one with a language model of OPT-125M's size, ViT-B/16 and
 BLIP-2's Q-Former, weights random, nothing downloaded. The rivals share vision model and language model, and write 30
-tokens greedily whatever they are, so that all have the same work. BLIP-2 is transformers' own class, whose Q-Former is
+tokens whatever they are, by default greedily, so that all have the same work. BLIP-2 is transformers' own class, whose Q-Former is
 given the patches of all images of a bag one after the other. In the LLaVA-style model one linear layer turns every
 token of every image into a prompt.
 
@@ -46,7 +47,7 @@ class Captioner:
     image_token_id: int
 
     @torch.no_grad()
-    def write(self, features: Tensor) -> Tensor:
+    def write(self, features: Tensor, num_beams: int = 1) -> Tensor:
         """The tokens (B, R + T) of prompt and caption of each bag."""
         batch_size, num_images = features.shape[:2]
         marks = torch.full((batch_size, self.num_prompts(num_images)), self.image_token_id)
@@ -58,7 +59,7 @@ class Captioner:
             attention_mask=torch.ones_like(ids),
             min_new_tokens=NUM_NEW_TOKENS,
             max_new_tokens=NUM_NEW_TOKENS,
-            num_beams=1,
+            num_beams=num_beams,
             do_sample=False,
         )
         assert written.shape[1] == ids.shape[1] + NUM_NEW_TOKENS
@@ -134,7 +135,14 @@ def around(blip2: Blip2ForConditionalGeneration, **options: Any) -> MivpgForCond
 
 @torch.no_grad()
 def captions_a_second(
-    title: str, vision_model: nn.Module, rivals: dict[str, Captioner], num_images: int, *, num_bags: int, rounds: int
+    title: str,
+    vision_model: nn.Module,
+    rivals: dict[str, Captioner],
+    num_images: int,
+    *,
+    num_bags: int,
+    rounds: int,
+    num_beams: int = 1,
 ) -> list[list[Any]]:
     """The rows of one size of bag."""
     size = vision_model.config.image_size
@@ -146,7 +154,7 @@ def captions_a_second(
     features = see().unflatten(0, (num_bags, num_images))
     seeing = "vision model"
     runs: dict[str, Callable[[], Any]] = {seeing: see}
-    runs |= {name: lambda rival=rival: rival.write(features) for name, rival in rivals.items()}
+    runs |= {name: lambda rival=rival: rival.write(features, num_beams) for name, rival in rivals.items()}
     stored = in_turn(runs, rounds=rounds)
     seen = stored.rounds[seeing]
     pixel = Seconds({name: [a + b for a, b in zip(seen, stored.rounds[name], strict=True)] for name in rivals})
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=["miniature", "100M"], default=["miniature", "100M"])
     parser.add_argument("--images", nargs="+", type=int, default=[1, 5, 10, 21])
     parser.add_argument("--bags", type=int, default=2, help="captioned at once")
+    parser.add_argument("--beams", type=int, default=1, help="1 = greedily")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -174,12 +183,19 @@ def main() -> None:
         vision_model, rivals = make_rivals(blip2)
         for num_images in arguments.images:
             rows += captions_a_second(
-                title, vision_model, rivals, num_images, num_bags=arguments.bags, rounds=arguments.rounds
+                title,
+                vision_model,
+                rivals,
+                num_images,
+                num_bags=arguments.bags,
+                rounds=arguments.rounds,
+                num_beams=arguments.beams,
             )
     columns = ["model", "images", "captioner", "visual tokens"]
     columns += ["captions a second, stored features", "MIVPG is so many times as fast"]
     columns += ["captions a second, pixels", "MIVPG is so many times as fast"]
-    print(f"{arguments.bags} bags at once, {NUM_NEW_TOKENS} tokens greedily. {machine()}.\n")
+    how = "greedily" if arguments.beams == 1 else f"with {arguments.beams} beams"
+    print(f"{arguments.bags} bags at once, {NUM_NEW_TOKENS} tokens {how}. {machine()}.\n")
     print(markdown(columns, rows))
 
 

@@ -12,16 +12,26 @@ What the paper leaves open is decided in the docstring of the class concerned; `
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -717,9 +727,42 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         }
         if not self.config.is_encoder_decoder:
             inputs["input_ids"] = self.language_model_ids(input_ids)
+            if (cache := self._read_prompts_once(inputs_embeds, inputs["attention_mask"], generate_kwargs)) is not None:
+                inputs["past_key_values"] = cache
         if self.config.caption_end_token_id is not None:
             generate_kwargs.setdefault("eos_token_id", self.config.caption_end_token_id)
         return self.language_model.generate(**inputs, **generate_kwargs)
+
+    def _read_prompts_once(
+        self, inputs_embeds: Tensor, attention_mask: Tensor, generate_kwargs: dict[str, Any]
+    ) -> Cache | None:
+        """Keys and values of all positions (B, T, E) but the last, repeated for each beam, computed once a bag.
+
+        transformers' `generate` would compute them anew for each beam. None where there is one row a bag, where the
+        cache is to be of another kind, and where what is computed on the way is asked for.
+        """
+        defaults = generate_kwargs.get("generation_config") or self.language_model.generation_config
+
+        def option(name: str) -> Any:
+            return generate_kwargs.get(name, getattr(defaults, name, None))
+
+        num_rows = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+        is_usual = option("use_cache") is not False and option("cache_implementation") is None
+        asks_for_more = option("output_attentions") or option("output_hidden_states")
+        if num_rows == 1 or inputs_embeds.shape[1] == 1 or not is_usual or asks_for_more:
+            return None
+        mask = attention_mask[:, :-1]
+        options = {}
+        if "position_ids" in inspect.signature(self.language_model.forward).parameters:
+            options["position_ids"] = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)  # as in `generate`
+        outputs = self.language_model.base_model(
+            inputs_embeds=inputs_embeds[:, :-1], attention_mask=mask, use_cache=True, **options
+        )
+        cache = getattr(outputs, "past_key_values", None)
+        if not isinstance(cache, DynamicCache):
+            return None
+        cache.batch_repeat_interleave(num_rows)
+        return cache
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         """Recomputes every block in the backward pass, the frozen ones too.
