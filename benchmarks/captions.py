@@ -5,9 +5,9 @@ python benchmarks/captions.py [--models miniature 100M] [--images 1 5 10 21] [--
 
 Two models: the miniature that comes with the package, and one with a language model of OPT-125M's size, ViT-B/16 and
 BLIP-2's Q-Former, weights random, nothing downloaded. The rivals share vision model and language model, and write 30
-tokens whatever they are, by default greedily, so that all have the same work. BLIP-2 is transformers' own class, whose Q-Former is
-given the patches of all images of a bag one after the other. In the LLaVA-style model one linear layer turns every
-token of every image into a prompt.
+tokens whatever they are, by default greedily, so that all have the same work. BLIP-2 is transformers' own class, whose
+Q-Former is given the patches of all images of a bag one after the other. In the LLaVA-style model one linear layer
+turns every token of every image into a prompt.
 
 Images go through the vision model once a round, apart; captions from pixels take that time and then that from stored
 features. The ratios are those of a round, median (least to most). Prints Markdown.
