@@ -176,7 +176,7 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     try:
-        for num_instances in (7, 9):
+        for num_instances in (3, 5):
             for one, other in zip(run(compiled, num_instances), run(layer, num_instances), strict=True):
                 assert (one - other).abs().max() < 1e-10
     finally:

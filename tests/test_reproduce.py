@@ -60,7 +60,6 @@ def tiny_scale():
         unfrozen_sizes=(16,),
         epochs=(0, 2),
         recurrent={"embedding_dim": 8, "hidden_dim": 8, "num_epochs": 1},
-        patch_size=48,
         pretraining=None,
     )
 

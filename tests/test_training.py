@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -56,15 +57,19 @@ def scores(monkeypatch) -> list[float]:
     return script
 
 
-def run_script(*arguments: str | Path, processes: int = 1) -> subprocess.CompletedProcess:
+def run_script(*arguments: str | Path, processes: int = 1) -> tuple[int, str]:
+    """The exit code, and what was written."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launcher, SCRIPT, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryFile("w+") as output:  # a pipe would end with a killed run's readers, seconds after it
+        run = subprocess.run(
+            [sys.executable, *launcher, SCRIPT, *arguments],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        output.seek(0)
+        return run.returncode, output.read()
 
 
 def logged(run_dir: Path, name: str) -> list[float]:
@@ -85,8 +90,8 @@ def two_processes(world, tmp_path_factory) -> Path:
     """Runs `opt` and `t5`, each by two processes with batches of 4."""
     folder = tmp_path_factory.mktemp("two")
     runs = [{"output_dir": str(folder / name), "language": name, "batch_size": 4} for name in ("opt", "t5")]
-    result = run_script(world, json.dumps(runs), processes=2)
-    assert result.returncode == 0, result.stderr
+    code, output = run_script(world, json.dumps(runs), processes=2)
+    assert code == 0, output
     return folder
 
 
@@ -188,8 +193,8 @@ def unbroken(world, tmp_path_factory) -> Path:
 def test_a_killed_run_ends_as_an_unbroken_one(world, unbroken, tmp_path, capsys, kill, newest):
     run_dir = tmp_path / "run"
     runs = json.dumps([KILLED | {"output_dir": str(run_dir)}])
-    killed = run_script(world, runs, *kill)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, output = run_script(world, runs, *kill)
+    assert code == -signal.SIGKILL, output
     assert max(checkpoints(run_dir)) == newest
 
     train(tiny_train_config(world, output_dir=run_dir, **KILLED), resume=True)
