@@ -1,8 +1,11 @@
 """Captions are what the language model's own `generate` makes of the visual prompts, which are read once a bag."""
 
+from copy import deepcopy
+
 import pytest
 import torch
-from transformers import GenerationConfig, MistralConfig
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, Lfm2Config, MistralConfig
 
 from families import LANGUAGE, language_config
 from mivpg import MivpgForConditionalGeneration
@@ -13,16 +16,45 @@ PAD = 0
 NEW = 6
 
 
-@pytest.fixture(params=[*DECODERS, "mistral"])
+CONFIGS = {name: language_config(name) for name in DECODERS}
+CONFIGS |= {
+    "a window": MistralConfig(**LANGUAGE["llama"], sliding_window=5, vocab_size=259, pad_token_id=PAD),
+    "convolutions between": Lfm2Config(
+        **LANGUAGE["llama"],
+        layer_types=["conv", "full_attention"],
+        vocab_size=259,
+        pad_token_id=PAD,
+        block_multiple_of=16,
+    ),
+    "positions by their number": language_config(
+        "llama", rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}, max_position_embeddings=8
+    ),
+    "hidden": language_config("llama"),
+}
+
+
+class Hidden(nn.Module):
+    """A language model in a wrapper, as adapters and compilers make them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **options):
+        return self.inner(*args, **options)
+
+    def __getattr__(self, name: str):
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+
+@pytest.fixture(params=CONFIGS)
 def model(request) -> MivpgForConditionalGeneration:
-    """Over a decoder of each family; Mistral's attends to the last five positions alone."""
-    if request.param == "mistral":
-        config = MistralConfig(**LANGUAGE["llama"], sliding_window=5, vocab_size=259, pad_token_id=PAD)
-    else:
-        config = language_config(request.param)
-    model = tiny_model(tiny_config(text_config=config))
+    """Over a decoder of each kind."""
+    model = tiny_model(tiny_config(text_config=CONFIGS[request.param]))
     for weight in model.language_model.parameters():
         torch.nn.init.normal_(weight, std=0.3)
+    if request.param == "hidden":
+        model.language_model = Hidden(model.language_model)
     return model
 
 
@@ -47,7 +79,7 @@ def test_beams_find_what_they_would_find_alone(model, options) -> None:
     inputs = inputs_of_two_bags()
     options |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "output_scores": True, "return_dict_in_generate": True}
     torch.manual_seed(0)
-    expected = plainly(model, inputs, **options)
+    expected = plainly(deepcopy(model), inputs, **options)  # a copy, since some frequencies grow with what was read
     torch.manual_seed(0)
     found = model.generate(**inputs, **options)
     assert torch.equal(found.sequences, expected.sequences)
@@ -62,7 +94,7 @@ def test_beams_find_what_they_would_find_alone(model, options) -> None:
         ({"generation_config": GenerationConfig(num_beams=4)}, 2 * 8),
         ({"num_beams": 1}, 2 * 9),
         ({"num_beams": 4, "cache_implementation": "static"}, 4 * 2 * 9),
-        ({"num_beams": 4, "use_cache": False}, 4 * 2 * 9),
+        ({"num_beams": 4, "past_key_values": DynamicCache()}, 4 * 2 * 9),
         ({"num_beams": 4, "output_attentions": True, "return_dict_in_generate": True}, 4 * 2 * 9),
     ],
 )
@@ -75,3 +107,27 @@ def test_positions_that_are_read_first(options, num_first) -> None:
     )
     model.generate(**inputs_of_two_bags(), max_new_tokens=2, **options)
     assert seen[0] == num_first
+
+
+@pytest.mark.parametrize(
+    ("own", "passed"),
+    [
+        ({"num_beams": 4}, {"do_sample": True, "num_return_sequences": 2}),
+        ({"cache_implementation": "static"}, {"num_beams": 4}),
+        ({"output_attentions": True}, {"num_beams": 2}),
+    ],
+)
+def test_what_a_generation_config_leaves_open_is_the_language_model_s(own, passed) -> None:
+    model, inputs = tiny_model(), inputs_of_two_bags()
+    model.language_model.set_attn_implementation("eager")  # no other gives attentions
+    for name, value in own.items():
+        setattr(model.language_model.generation_config, name, value)
+    options = {"generation_config": GenerationConfig(**passed), "max_new_tokens": 3, "return_dict_in_generate": True}
+    torch.manual_seed(0)
+    expected = plainly(model, inputs, **options)
+    torch.manual_seed(0)
+    found = model.generate(**inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert (found.attentions is None) == ("output_attentions" not in own)
+    if found.attentions is not None:
+        assert found.attentions[0][0].shape == expected.attentions[0][0].shape

@@ -19,12 +19,8 @@ class Readers(Dataset):
         return index, os.getpid()
 
 
-def options(num_workers: int) -> dict:
-    return {"batch_size": 2, "num_workers": num_workers, "collate_fn": list, "persistent_workers": num_workers > 0}
-
-
 def test_an_epoch_has_the_readers_of_the_one_before() -> None:
-    loader = LastingLoader(Readers(), **options(1))
+    loader = LastingLoader(Readers(), batch_size=2, num_workers=1, collate_fn=list)
     epochs = [[item for batch in loader for item in batch] for _ in range(3)]
     assert [index for index, _ in epochs[2]] == list(range(6))
     assert len({reader for epoch in epochs for _, reader in epoch} | {os.getpid()}) == 2
@@ -37,7 +33,7 @@ def test_an_epoch_draws_what_starting_readers_would(num_workers) -> None:
     for _ in range(2):
         list(DataLoader(Readers(), batch_size=2, collate_fn=list))
         expected.append(torch.rand(()))
-    loader = LastingLoader(Readers(), **options(num_workers))
+    loader = LastingLoader(Readers(), batch_size=2, num_workers=num_workers, collate_fn=list)
     torch.manual_seed(0)
     for after in expected:
         list(loader)

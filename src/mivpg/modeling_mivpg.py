@@ -27,7 +27,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
-    Cache,
     DynamicCache,
     GenerationMixin,
     PreTrainedModel,
@@ -735,33 +734,42 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
 
     def _read_prompts_once(
         self, inputs_embeds: Tensor, attention_mask: Tensor, generate_kwargs: dict[str, Any]
-    ) -> Cache | None:
+    ) -> DynamicCache | None:
         """Keys and values of all positions (B, T, E) but the last, repeated for each beam, computed once a bag.
 
         transformers' `generate` would compute them anew for each beam. None where there is one row a bag, where the
-        cache is to be of another kind, and where what is computed on the way is asked for.
+        caller has a cache or positions, or wants another cache or what is computed on the way, and where the number of
+        positions decides how they are encoded.
         """
-        defaults = generate_kwargs.get("generation_config") or self.language_model.generation_config
+        configs = [generate_kwargs.get("generation_config"), self.language_model.generation_config]
 
         def option(name: str) -> Any:
-            return generate_kwargs.get(name, getattr(defaults, name, None))
+            """As transformers looks for it: what is None leaves it to the next."""
+            found = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in found if value is not None), None)
 
         num_rows = max(option("num_beams") or 1, option("num_return_sequences") or 1)
-        is_usual = option("use_cache") is not False and option("cache_implementation") is None
-        asks_for_more = option("output_attentions") or option("output_hidden_states")
-        if num_rows == 1 or inputs_embeds.shape[1] == 1 or not is_usual or asks_for_more:
+        rope = getattr(self.config.text_config, "rope_parameters", None) or {}
+        if (
+            num_rows == 1
+            or inputs_embeds.shape[1] == 1
+            or not generate_kwargs.keys().isdisjoint(("past_key_values", "position_ids"))
+            or option("cache_implementation") is not None
+            or option("output_attentions")
+            or option("output_hidden_states")
+            or rope.get("rope_type") in ("dynamic", "longrope")
+        ):
             return None
+        decoder = self.language_model.get_decoder()
         mask = attention_mask[:, :-1]
         options = {}
-        if "position_ids" in inspect.signature(self.language_model.forward).parameters:
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
             options["position_ids"] = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)  # as in `generate`
-        outputs = self.language_model.base_model(
-            inputs_embeds=inputs_embeds[:, :-1], attention_mask=mask, use_cache=True, **options
-        )
+        outputs = decoder(inputs_embeds=inputs_embeds[:, :-1], attention_mask=mask, use_cache=True, **options)
         cache = getattr(outputs, "past_key_values", None)
         if not isinstance(cache, DynamicCache):
             return None
-        cache.batch_repeat_interleave(num_rows)
+        cache.reorder_cache(torch.arange(len(mask), device=mask.device).repeat_interleave(num_rows))
         return cache
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
@@ -908,9 +916,11 @@ def is_frozen(module: nn.Module) -> bool:
 
 def find_trained(module: nn.Module, found: dict[nn.Module, bool | None]) -> dict[nn.Module, bool | None]:
     """Of a module and all that it holds, whether a parameter trains; None where it has no parameters."""
-    trains = [parameter.requires_grad for parameter in module._parameters.values() if parameter is not None]
+    trains = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
     for child in module.children():
-        trains += [of_child for of_child in [find_trained(child, found)[child]] if of_child is not None]
+        of_child = find_trained(child, found)[child]
+        if of_child is not None:
+            trains.append(of_child)
     found[module] = any(trains) if trains else None
     return found
 

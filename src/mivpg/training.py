@@ -562,7 +562,6 @@ class MivpgTrainer(Trainer):
             ),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_num_workers > 0,
             pin_memory=self.args.dataloader_pin_memory,
         )
 
@@ -740,8 +739,11 @@ class LastingLoader(DataLoader):
     resumed. This one draws once an epoch, however often they start.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, generator=torch.Generator(), **options)
+    def __init__(self, *args: Any, num_workers: int = 0, **options: Any) -> None:
+        generator = torch.Generator()  # of its own, for what each start of the readers draws
+        super().__init__(
+            *args, num_workers=num_workers, persistent_workers=num_workers > 0, generator=generator, **options
+        )
 
     def __iter__(self) -> Any:
         torch.empty((), dtype=torch.int64).random_()

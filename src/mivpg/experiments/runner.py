@@ -335,7 +335,7 @@ def run_all(runs: Sequence[Run], *, num_processes: int | None = None) -> dict[st
 
 
 def clean_processes() -> multiprocessing.context.ForkServerContext:
-    """Makes processes that share nothing with this one but imports, which are made once for all of them."""
+    """For processes that share nothing with this one, and imports, made once, with each other."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Ctrl-C is the parent's, which ends its children: they inherit from the server that they do not hear it.
