@@ -383,7 +383,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vision", nargs="+", choices=["miniature", *VISION_MODELS], default=["miniature", "vit-b"])
-    parser.add_argument("--photos", type=int, default=64, help="for the extraction")
+    parser.add_argument("--photos", type=int, default=96, help="for the extraction")
     parser.add_argument("--batch-size", type=int, default=16, help="for the extraction")
     arguments = parser.parse_args()
     torch.manual_seed(0)
