@@ -4,7 +4,7 @@ export PYTHON ?= python3
 DEMO ?= runs/demo
 BENCH ?= runs/bench.md
 
-.PHONY: help install demo check format test test-all test-gpu bench clean
+.PHONY: help install demo check format test test-all test-gpu bench docs clean
 
 help:
 	@echo "make install   .venv with the package and its development tools"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  the slow ones too"
 	@echo "make test-gpu  those that need a GPU"
 	@echo "make bench     what it costs beside what one would take instead; the tables are $(BENCH) (under 15 minutes)"
+	@echo "make docs      the pages of docs/ brought up to date with the code, and as a site in build/site"
 	@echo "make format    formatting and what lint can mend"
 
 install:
@@ -41,6 +42,10 @@ test-gpu: install
 bench: install
 	mkdir -p $(dir $(BENCH))
 	bash -o pipefail -c 'bash .ci/bench $(dir $(BENCH)) | tee $(BENCH)'
+
+docs: install
+	.venv/bin/python docs/refresh.py
+	PYTHONPATH=docs .venv/bin/zensical build --clean
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

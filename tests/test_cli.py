@@ -368,6 +368,10 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     assert out.splitlines()[0].split() == list(results["metrics"])
     assert [line.split()[0] for line in out.splitlines()[1:4]] == ["model", "constant", "random_train"]
     assert "1 more bags could not be read" in out
+    page = (tmp_path / "METRICS.html").read_text()
+    assert page.count("data:image/png") == 1  # the run's curves
+    assert "2 bags of split test with 4 references; 1 more could not be read." in page
+    assert "Floor: one constant caption" in page and f"root: {world.folder}" not in page and f"path: {file}" in page
 
 
 def test_evaluate_writes_captions_as_validation_of_the_file_says(world, tmp_path, monkeypatch):

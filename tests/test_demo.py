@@ -307,5 +307,5 @@ def test_captions_are_text_on_the_page(whole, tmp_path):
         references=["<b>bold</b>"],
         captions={"MIVPG": "<script>"},
     )
-    write_demo_report(tmp_path / "page.html", results, [example])
+    write_demo_report(tmp_path / "page.html", results, [example], {})
     assert "<script>" not in (tmp_path / "page.html").read_text()

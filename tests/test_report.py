@@ -1,6 +1,7 @@
 """The page needs nothing else and shows what it was given, as text; the picture keeps its words inside."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -10,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
+from matplotlib.axes import Axes
 from PIL import Image, ImageColor
 
 from mivpg import report
+from mivpg.bags import Sample
 from mivpg.errors import BagError
+from mivpg.evaluation_report import MOST_PHOTOS, NUM_EXAMPLES, write_evaluation_report
 from mivpg.report import (
     BagExample,
     BarChart,
     Examples,
+    Listing,
     Part,
     Picture,
     Table,
@@ -25,8 +32,11 @@ from mivpg.report import (
     draw_chart,
     draw_example,
     is_number,
+    training_curves,
+    what_was_run,
     write_report,
 )
+from mivpg.versions import installed_versions
 
 HOSTILE = """</style></title>--><script>alert("1")</script><img src='http://x' onerror="2"> {{ 3 }} & 'ü' $_$"""
 VOID = {"meta", "img"}
@@ -105,6 +115,7 @@ def hostile_parts(example: BagExample) -> list[Part]:
         BarChart(title=HOSTILE, note=HOSTILE, bars={HOSTILE: {HOSTILE: 1.0}}, emphasised=HOSTILE),
         Text(title=HOSTILE, paragraphs=[HOSTILE]),
         Picture(title=HOSTILE, note=HOSTILE, png=b"PNG", alt=HOSTILE),
+        Listing(title=HOSTILE, note=HOSTILE, text=HOSTILE),
         Examples(title=HOSTILE, note=HOSTILE, examples=[hostile], emphasised=HOSTILE),
     ]
 
@@ -113,7 +124,14 @@ def test_data_is_text_wherever_it_stands(tmp_path, example):
     write_report(tmp_path / "a.html", title=HOSTILE, lead=HOSTILE, parts=hostile_parts(example))
     write_report(tmp_path / "b.html", title="x", lead="x", parts=[])
     page, empty = Page(tmp_path / "a.html"), Page(tmp_path / "b.html")
-    count = dict.fromkeys(["title", "h1", "h3", "td", "dt"], 1) | {"h2": 5, "p": 6, "th": 2, "dd": 2, "span": 1}
+    count = dict.fromkeys(["title", "h1", "h3", "td", "dt"], 1) | {
+        "h2": 6,
+        "p": 7,
+        "th": 2,
+        "dd": 2,
+        "span": 1,
+        "pre": 1,
+    }
     for tag, number in count.items():
         assert page.text(tag).count(HOSTILE) == number, tag
     assert "script" not in dict(page.elements)
@@ -210,6 +228,127 @@ def test_columns_of_numbers_stand_at_the_right(tmp_path):
     assert page.text("td") == ["0.9 ± 0.1", "−0.03 [−0.05, 0.01]", "absent", "–", "2 of 3"]
     assert [cell.get("class") for cell in page.all("td")] == ["number", "number", None] * 2
     assert [row.get("class") for row in page.all("tr")] == [None, "emphasised", None]
+
+
+def test_a_bag_of_features_has_no_row_of_photos(tmp_path, example):
+    unseen = BagExample(**(vars(example) | {"images": [], "weights": None}))
+    parts = [Examples(title="e", examples=[unseen], emphasised="mivpg")]
+    write_report(tmp_path / "a.html", title="t", lead="l", parts=parts)
+    page = Page(tmp_path / "a.html")
+    assert "photos" not in [attributes.get("class") for attributes in page.all("div")]
+    assert page.text("dd")[0] == "a white desk lamp"
+
+
+# ── What was run ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_page_ends_with_configuration_and_versions(tmp_path):
+    settings = {"seed": 0, "out": Path("runs/demo"), "model": {"base": "müller/blip2", "betas": (0.9, 0.999)}}
+    write_report(tmp_path / "a.html", title="t", lead="l", parts=what_was_run(settings))
+    page = Page(tmp_path / "a.html")
+    assert page.text("h2") == ["Configuration", "Versions"]
+    (listing,) = page.text("pre")
+    assert yaml.safe_load(listing) == {
+        "seed": 0,
+        "out": "runs/demo",
+        "model": {"base": "müller/blip2", "betas": [0.9, 0.999]},
+    }
+    rows = dict(zip(page.text("th")[1:], page.text("td"), strict=True))
+    assert rows == installed_versions()
+    assert rows["torch"] == torch.__version__ and rows["device"] and "version" in rows["Java"]
+
+
+def write_log(path: Path, losses: list[float], scores: list[float]) -> Path:
+    """What a run of so many epochs logs."""
+    entries = [{"loss": loss, "epoch": epoch, "step": epoch} for epoch, loss in enumerate(losses, start=1)]
+    entries += [{"eval_CIDEr": score, "epoch": epoch, "step": epoch} for epoch, score in enumerate(scores, start=1)]
+    entries.append({"train_loss": 9.0, "epoch": len(losses), "step": len(losses)})
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def test_curves_show_what_runs_logged(tmp_path, monkeypatch):
+    drawn: dict[str, dict[str, list[list[float]]]] = {}
+    plot = Axes.plot
+
+    def record(axes, x, y, *arguments, label, **options):
+        drawn.setdefault(str(len(axes.figure.axes)), {})[label] = [list(x), list(y)]
+        return plot(axes, x, y, *arguments, label=label, **options)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    logs = {
+        "a": write_log(tmp_path / "a.jsonl", [3.0, 2.0], [0.5, 1.5]),
+        "b": write_log(tmp_path / "b.jsonl", [4.0, 1.0], []),  # without a validation split
+        "c": tmp_path / "never.jsonl",
+    }
+    (picture,) = training_curves(logs)
+    assert drawn["1"] == {"a": [[1, 2], [3.0, 2.0]], "b": [[1, 2], [4.0, 1.0]]}
+    assert drawn["2"]["a"] == [[1, 2], [0.5, 1.5]] and np.isnan(drawn["2"]["b"]).all()
+    assert picture.alt == "Curves over epochs; at the end: a loss 2.000, CIDEr 1.500; b loss 1.000."
+    with Image.open(io.BytesIO(picture.png)) as image:
+        assert image.width == 1000
+    assert training_curves({"c": tmp_path / "never.jsonl"}) == []
+
+
+def test_a_legend_of_long_names_stays_inside(tmp_path):
+    log = write_log(tmp_path / "a.jsonl", [2.0, 1.0], [1.0, 2.0])
+    names = ("MIVPG, control for CSA, " + "with many words " * 5, "scenes: Q-Former on each image")
+    (picture,) = training_curves(dict.fromkeys(names, log))
+    with Image.open(io.BytesIO(picture.png)) as image:
+        inked = np.asarray(image.getchannel("A")) > 0
+    columns = np.flatnonzero(inked.any(axis=0))
+    assert columns.min() > 5 and columns.max() < inked.shape[1] - 5
+
+
+def test_without_validation_there_is_one_panel(tmp_path):
+    with_scores = training_curves({"a": write_log(tmp_path / "a.jsonl", [1.0], [1.0])})[0]
+    without = training_curves({"a": write_log(tmp_path / "b.jsonl", [1.0], [])})[0]
+    heights = [Image.open(io.BytesIO(picture.png)).height for picture in (with_scores, without)]
+    assert heights[0] > 1.7 * heights[1]
+
+
+# ── The page of `mivpg evaluate` ────────────────────────────────────────────────────────────────────────────────────
+
+
+def evaluation_page(folder: Path, num_bags: int, photo: Path, floors: tuple[str, ...] = ("constant",)) -> Page:
+    """Bag i has CIDEr i."""
+    samples = [Sample(id=f"bag {i}", images=(photo,) * 20, captions=(f"reference {i}",)) for i in range(num_bags)]
+    results = {
+        "metrics": {"BLEU@4": 0.25, "CIDEr": 1.5},
+        "floors": {name: {"BLEU@4": 0.125, "CIDEr": 0.5} for name in floors},
+        "cider_of_each": {sample.id: float(i) for i, sample in enumerate(samples)},
+        "num_bags": num_bags,
+        "num_references": num_bags,
+        "num_unreadable_bags": 0,
+        "split": "test",
+        "seed": 0,
+        "model": "runs/a/best",
+    }
+    captions = {sample.id: f"caption of {sample.id}" for sample in samples}
+    write_evaluation_report(
+        folder / "page.html", results, captions, samples, training_log=folder / "log.jsonl", settings={"seed": 0}
+    )
+    return Page(folder / "page.html")
+
+
+def test_an_evaluation_shows_floors_and_both_ends(tmp_path, example):
+    page = evaluation_page(tmp_path, 20, example.images[1])
+    assert page.text("th")[1:5] == ["CIDEr", "model", "Floor: one constant caption", "version"]
+    assert page.text("td")[:4] == ["0.250", "1.500", "0.125", "0.500"]
+    titles = page.text("h3")
+    assert titles[NUM_EXAMPLES:] == [f"CIDEr {i}.00" for i in (19, 18, 17, 16, 0, 1, 2, 3)]
+    assert len(set(titles[:NUM_EXAMPLES])) == NUM_EXAMPLES  # drawn by the seed
+    assert "caption of bag 19" in page.text("dd") and "reference 0" in page.text("dd")
+    assert len([image for image in page.all("img") if "jpeg" in image["src"]]) == 3 * NUM_EXAMPLES * MOST_PHOTOS
+    assert [heading for heading in page.text("h2") if heading == "Training"] == []
+
+
+def test_an_evaluation_of_two_bags_without_floors(tmp_path, example):
+    write_log(tmp_path / "log.jsonl", [1.0], [1.0])
+    page = evaluation_page(tmp_path, 2, example.images[1], floors=())
+    assert page.text("h3") == [*page.text("h3")[:2], "CIDEr 1.00", "CIDEr 0.00", "CIDEr 0.00", "CIDEr 1.00"]
+    assert "There are no floors" in page.text("p")[1] and "could not be read" not in page.text("p")[1]
+    assert "Training" in page.text("h2")
 
 
 @pytest.mark.parametrize("cell", ["1", "-1.5", "−1.5", "+0.2", "12 %", "< 0.01", "[0.1, 0.2]", "(3)", "–", ""])

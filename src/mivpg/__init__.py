@@ -7,7 +7,7 @@ processor registers MIVPG with transformers' Auto classes.
 import importlib
 from typing import Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _MODULES = {
     "configuration_mivpg": ("MivpgConfig", "MivpgQFormerConfig"),

@@ -32,6 +32,7 @@ from mivpg.loading import (
     split_fields,
     vision_output_shape,
 )
+from mivpg.model_card import Training, read_training, write_model_card
 
 FROZEN_PARTS = ("vision_model", "language_model")
 
@@ -44,6 +45,8 @@ class CheckpointMixin(PreTrainedModel):
     """Weights that the base lacks: they were made new, so a checkpoint holds them even where they do not train."""
     _names_drawn: frozenset[str] = frozenset()
     """Weights among them that no file held: they were drawn at random, and start without effect."""
+    _training: Training | None = None
+    """What the card of the folder that this was loaded from knows of its training."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
@@ -66,6 +69,7 @@ class CheckpointMixin(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base is not None:
             model = cls._from_checkpoint(path, copy.deepcopy(config), base or {}, kwargs)
+            model._training = read_training(Path(path))
             return (model, {"missing_keys": set(), "unexpected_keys": set()}) if wants_info else model
         with loading("weights", path):
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -74,6 +78,7 @@ class CheckpointMixin(PreTrainedModel):
             raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
         if PreTrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0]["model_type"] == MivpgConfig.model_type:
             model.language_model.generation_config = model.generation_config
+            model._training = read_training(Path(path))
         else:  # BLIP-2 writes captions as its language model's own settings say
             model.generation_config = model.language_model.generation_config
         model.freeze()
@@ -242,6 +247,7 @@ class CheckpointMixin(PreTrainedModel):
         mask = os.umask(0)
         os.umask(mask)
         file.chmod(0o666 & ~mask)  # safetensors writes 0600
+        write_model_card(directory, config, config.base, is_whole=False, training=None)  # a run says more at its end
 
     def load_trained(self, directory: str | os.PathLike, **hub: Any) -> None:
         """Loads the weights of a checkpoint into this model.
@@ -288,6 +294,9 @@ class CheckpointMixin(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.base = base
+        if kwargs.get("is_main_process", True):
+            folder = Path(save_directory)
+            write_model_card(folder, self.config, base, is_whole=True, training=self._training, was_loaded=True)
 
 
 def is_named(name: str, parts: Iterable[str]) -> bool:

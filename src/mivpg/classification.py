@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import read_features
 from mivpg.files import read_json, refuse_used, write_whole
 from mivpg.loading import one_line
+from mivpg.model_card import MODEL, NOT_KNOWN, Training, write_model_card
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from mivpg.processing_mivpg import pad_bags
 from mivpg.training import QFormerSizes
@@ -382,6 +384,8 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
             train_classifier(model, [bag_set.bags[index] for index in train], config)
             model.save_pretrained(out / f"fold-{number}")
             predictions = predict(model, test_bags, batch_size=config.batch_size, with_instances=True)
+            training = _for_card([bag_set.bags[index].label for index in train], test_bags, predictions)
+            write_model_card(out / f"fold-{number}", model.config, None, is_whole=True, training=training)
             write_whole(file, "".join(json.dumps(asdict(prediction)) + "\n" for prediction in predictions))
         lines = file.read_text(encoding="utf-8").splitlines()
         scores.append(score_predictions(test_bags, [Prediction(**json.loads(line)) for line in lines]))
@@ -400,6 +404,21 @@ def cross_validate(bag_set: BagSet, config: ClassifierConfig, out: Path) -> dict
     }
     write_whole(out / "metrics.json", json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _for_card(
+    train_labels: Sequence[int], test_bags: Sequence[LabelledBag], predictions: Sequence[Prediction]
+) -> Training:
+    """What the model card of a fold says."""
+    scores = score_predictions(test_bags, predictions)
+    most_common = Counter(train_labels).most_common(1)[0][0]
+    right = sum(bag.label == most_common for bag in test_bags) / len(test_bags)
+    return Training(
+        data=f"{len(train_labels)} bags with a label each.",
+        data_licence=NOT_KNOWN,
+        scored_on=f"On {len(test_bags)} bags of the fold that was left out.",
+        scores={MODEL: scores, "floor the most common label": {**dict.fromkeys(scores, 0.5), "accuracy": right}},
+    )
 
 
 def _digest(bag_set: BagSet) -> str:

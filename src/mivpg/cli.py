@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CoercionError, CycloptsError, MissingArgumentError, Parameter, UnknownOptionError
 from cyclopts.config import Yaml
 
-from mivpg import __version__
 from mivpg.errors import MivpgError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; a command imports what it needs
     from mivpg.bags import Sample
     from mivpg.captioning import GenerationOptions
+    from mivpg.datasets import DatasetConfig
     from mivpg.modeling_mivpg import MivpgForConditionalGeneration
     from mivpg.processing_mivpg import MivpgProcessor
     from mivpg.slides import TileOptions
@@ -29,23 +29,16 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 def versions() -> str:
     """The package, what it stands on, the device and Java."""
-    import platform
-    import subprocess
-
-    import torch
-    import transformers
-
     from mivpg.evaluation import find_java
+    from mivpg.versions import installed_versions
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    java = find_java()
-    java_version = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr.splitlines()
+    found = installed_versions()
     return "\n".join(
         [
-            f"mivpg {__version__}",
-            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
-            f"device: {device}",
-            f"Java: {java} ({java_version[0] if java_version else 'no answer'})",
+            f"mivpg {found['mivpg']}",
+            f"Python {found['Python']}, torch {found['torch']}, transformers {found['transformers']}",
+            f"device: {found['device']}",
+            f"Java: {find_java()} ({found['Java']})",
         ]
     )
 
@@ -189,6 +182,114 @@ def caption(
     print(f"{out}: {counts.num_bags} bags, {counts.num_failed} of them could not be read.")
 
 
+@app.command
+def show(
+    *images: Path,
+    model: str | None = None,
+    bags: Path | None = None,
+    bag: str | None = None,
+    slide: Path | None = None,
+    out: Path,
+    check: bool = False,
+    split: Literal["train", "val", "test", "all"] = "all",
+    prompt: str | None = None,
+    batch_size: int = 8,
+    num_beams: int = 5,
+    max_new_tokens: int = 64,
+    dtype: Dtype = "auto",
+) -> None:
+    """Caption one bag and show what was looked at: a page, pictures, arrays; and whether it mattered.
+
+    Args:
+        images: The images of one bag.
+        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
+            with the package.
+        bags: Instead of images, a bag file (JSON lines or CSV); a bag may hold features with coordinates.
+        bag: The id of the bag in it, where it has several.
+        slide: The slide that the bag's coordinates lie on. Without a bag it is cut into tiles, as `mivpg extract` does
+            by default, and they are the bag.
+        out: A new or empty folder; the page is attention.html in it.
+        check: Instead, take images out of every bag of the bag file and see whether the most attended are missed; the
+            numbers go to check.json.
+        split: Of the bag file, with --check.
+        prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt that
+            the model was trained with, else none.
+        batch_size: Bags at once, with --check.
+        num_beams: Captions kept at each token; 1 is the fastest.
+        max_new_tokens: Longest caption, in tokens.
+        dtype: Of the frozen models; auto is as they are stored.
+    """
+    from mivpg.bags import Bag, BagDataset, select
+    from mivpg.captioning import GenerationOptions
+    from mivpg.datasets.bag_file import load_bag_file
+    from mivpg.files import refuse_used
+    from mivpg.images import open_image
+    from mivpg.show import cut_slide, look_at_bag, summary, write_shown
+    from mivpg.slides import TileOptions
+
+    if bool(images) + (bags is not None) + (slide is not None and bags is None) != 1:
+        raise MivpgError("show: give the images of one bag, or --bags FILE, or --slide FILE.")
+    if (check or bag is not None) and bags is None:
+        raise MivpgError(f"show: {'--check' if check else '--bag'} is about a bag file; give --bags FILE.")
+    refuse_used(out)
+    generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
+    samples = [] if bags is None else load_bag_file(bags)
+    if check:
+        if not (in_split := select(samples, split)):
+            raise MivpgError(f"{bags}: none of its {len(samples)} bags is in split {split!r}.")
+        run_check(model, in_split, out / "check.json", prompt, batch_size, generation, dtype)
+        return
+    chosen = [sample for sample in samples if bag in (None, sample.id)]
+    if bags is not None and len(chosen) != 1:
+        known = ", ".join(repr(sample.id) for sample in samples[:3])
+        found = f"no bag {bag!r}" if not chosen else f"{len(samples)} bags, so --bag has to name one"
+        raise MivpgError(f"{bags} has {found}; ids are {known}{', …' if len(samples) > 3 else ''}.")
+    pictures = [open_image(path) for path in images]  # before the model, which takes longer to load
+    loaded, processor = load(model, dtype)
+    prompt = processor.prompt if prompt is None else prompt
+    names, span = [path.name for path in images or (chosen[0].images if chosen else ())], None
+    if chosen:
+        opened = BagDataset(chosen, prompt=prompt)[0]
+    elif slide is not None:
+        opened, span = cut_slide(loaded, processor, slide, TileOptions(), prompt=prompt)
+    else:
+        title = f"{len(images)} image{'s' if len(images) > 1 else ''}"
+        opened = Bag(id=title, images=pictures, image_embeds=None, image_coords=None, prompt=prompt, caption=None)
+    shown = look_at_bag(loaded, processor, opened, generation=generation, names=names, slide=slide, span=span)
+    write_shown(shown, out, model=model or "the miniature that comes with the package")
+    print(f"{summary(shown)}\n{out / 'attention.html'}")
+
+
+def run_check(
+    model: str | None,
+    samples: "list[Sample]",
+    out: Path,
+    prompt: str | None,
+    batch_size: int,
+    generation: "GenerationOptions",
+    dtype: Dtype,
+) -> None:
+    """Takes images out of many bags, writes what it does to their captions and prints the means."""
+    from mivpg.files import write_whole
+    from mivpg.likelihood import check_table, check_weights
+
+    loaded, processor = load(model, dtype)
+    checked = check_weights(
+        loaded,
+        processor,
+        samples,
+        generation=generation,
+        prompt=processor.prompt if prompt is None else prompt,
+        batch_size=batch_size,
+    )
+    write_whole(out, json.dumps({"model": model} | checked, indent=2) + "\n")
+    num_removed = sum(bag["num_removed"] for bag in checked["bags"])
+    print(f"{len(checked['bags'])} bags, {num_removed} images removed; change of the captions' log-likelihood:")
+    for what, change in check_table(checked):
+        print(f"  {what:<28}{change}")
+    print(f"{checked['finding']}\n{out}")
+
+
 extract_app = App(name="extract", help="Run the frozen vision model once on every image of a data set.", help_flags=[])
 app.command(extract_app)
 
@@ -307,7 +408,8 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
         Args:
             model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
             dataset: As in the YAML file of the training run, which may be given first.
-            out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending.
+            out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending, a page for people to
+                that with `.html`.
             split: Which bags.
             prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt
                 that the model was trained with, else none.
@@ -320,14 +422,14 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
         refuse_several_processes()
         refuse_existing(out)
         generation = validation or GenerationOptions()
-        run_evaluation(model, dataset.load(), out, split, prompt, batch_size, generation, dtype, seed, strict)
+        run_evaluation(model, dataset, out, split, prompt, batch_size, generation, dtype, seed, strict)
 
     parse("mivpg evaluate CONFIG.yaml", start, arguments, only=("dataset", "validation"))
 
 
 def run_evaluation(
     model: str,
-    samples: "list[Sample]",
+    dataset: "DatasetConfig",
     out: Path,
     split: str,
     prompt: str | None,
@@ -338,10 +440,15 @@ def run_evaluation(
     strict: bool,
 ) -> None:
     """Captions, scores, writes and prints."""
+    from dataclasses import asdict
+
     from mivpg.bags import select
     from mivpg.captioning import caption_file, read_captions
     from mivpg.evaluation import CaptionScorer, evaluate_captions, format_table
+    from mivpg.evaluation_report import write_evaluation_report
+    from mivpg.training import LOG_FILE
 
+    samples = dataset.load()
     if not (in_split := select(samples, split)):
         if all(sample.split is None for sample in samples):
             remedy = "it has no splits, so every bag trains; give bag_file.split_seed or a split column, or --split all"
@@ -352,19 +459,23 @@ def run_evaluation(
         raise MivpgError(
             f"dataset: none of the {len(in_split)} bags of split {split!r} has a caption to score against."
         )
-    captions = out.with_suffix(".captions.jsonl")
+    captions, page = out.with_suffix(".captions.jsonl"), out.with_suffix(".html")
+    if page == out:
+        raise MivpgError(f"--out is {out}, expected a name for JSON; the page gets the ending .html by itself.")
     refuse_existing(captions)
+    refuse_existing(page)
     # What is wrong with the references or with Java shows before hours of captioning, not after.
     with CaptionScorer({sample.id: sample.captions for sample in chosen}, ("CIDEr",)):
         pass
     loaded, processor = load(model, dtype)
+    prompt = processor.prompt if prompt is None else prompt
     counts = caption_file(
         loaded,
         processor,
         chosen,
         captions,
         generation=generation,
-        prompt=processor.prompt if prompt is None else prompt,
+        prompt=prompt,
         batch_size=batch_size,
         strict=strict,
     )
@@ -375,6 +486,12 @@ def run_evaluation(
     results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
     results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
     out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    given = asdict(dataset, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+    settings = {"model": model, "dataset": given, "split": split, "prompt": prompt, "dtype": dtype}
+    settings |= {"validation": asdict(generation), "batch_size": batch_size, "seed": seed}
+    write_evaluation_report(
+        page, results, predictions, scored, training_log=Path(model).parent / LOG_FILE, settings=settings
+    )
     print(format_table(results))
     if counts.num_failed:
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")
@@ -522,6 +639,37 @@ def reproduce(
         raise MivpgError(
             f"not all of {', '.join(failed)} could be run; the tables say what failed, and where the log is."
         )
+
+
+@app.command(name="app")
+def serve_page(
+    *,
+    model: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_files: int = 32,
+    max_file_mb: int = 50,
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a page to try a model in: drop photos, read the caption, see what it was read from.
+
+    Args:
+        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
+            with the package.
+        host: The address to listen on; the default is seen from this machine alone.
+        port: By default the first free one from 7860.
+        max_files: Photos that are read at once.
+        max_file_mb: Largest file, in megabytes; slides need more.
+        dtype: Of the frozen models; auto is as they are stored.
+    """
+    from mivpg.app import check_installed, serve
+
+    check_installed()
+    loaded, processor = load(model, dtype)
+    name = (
+        model or "the miniature that comes with the package; it knows generated furniture and small goods, and no more"
+    )
+    serve(loaded, processor, name=name, host=host, port=port, max_files=max_files, max_file_mb=max_file_mb)
 
 
 @app.command

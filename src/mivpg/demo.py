@@ -51,8 +51,19 @@ from mivpg.miniature.traits import (
 )
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
-from mivpg.report import BagExample, BarChart, Examples, Table, Text, draw_example, write_report
-from mivpg.training import BEST, ModelConfig, TrainConfig
+from mivpg.report import (
+    BagExample,
+    BarChart,
+    Examples,
+    Part,
+    Table,
+    Text,
+    draw_example,
+    training_curves,
+    what_was_run,
+    write_report,
+)
+from mivpg.training import BEST, LOG_FILE, ModelConfig, TrainConfig
 from mivpg.visualization import image_weights
 
 METRICS = ("BLEU@4", "METEOR", "ROUGE_L", "CIDEr")
@@ -143,7 +154,8 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
         files = {arm.name: _caption_files(out, arm) for arm in ARMS}
         captions = {arm.name: read_captions(files[arm.name][arm.photos]) for arm in ARMS}
         swapped = read_captions(files["mivpg"]["swapped"])
-        results = {"seed": config.seed} | score(captions, swapped, test, train_samples, truth, config.seed)
+        results = {"seed": config.seed, "config": dataclasses.asdict(config)}
+        results |= score(captions, swapped, test, train_samples, truth, config.seed)
     results["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     results["num_products"] = {split: len(select(bags["all"], split)) for split in ("train", "val", "test")}
     results["model"] = str(out / "arms" / "mivpg" / BEST)
@@ -152,7 +164,8 @@ def run_demo(out: Path, config: DemoConfig | None = None) -> dict[str, Any]:
         "ids": [example.id for example in examples],
         "nothing_wrong": _count_right(captions, [truth[example.id] for example in examples]),
     }
-    write_demo_report(out / "report.html", results, examples)
+    logs = {arm.title: out / "arms" / arm.name / LOG_FILE for arm in ARMS if arm.trains}
+    write_demo_report(out / "report.html", results, examples, logs)
     draw_example(_example_that_works(examples, captions["mivpg"], truth), "MIVPG", out / "example.png")
     write_whole(out / "results.json", json.dumps(results, indent=2) + "\n")
     return results
@@ -371,8 +384,17 @@ def _example_that_works(
     return examples[0]
 
 
-def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence[BagExample]) -> None:
-    """The page: scores with floors and oracles, what they mean in words, traits by where they are seen, products."""
+def write_demo_report(
+    path: Path, results: Mapping[str, Any], examples: Sequence[BagExample], logs: Mapping[str, Path]
+) -> None:
+    """The page: scores with floors and oracles, what they mean in words, traits by where they are seen, products.
+
+    Args:
+        path: The HTML file.
+        results: What `results.json` holds.
+        examples: Products to show.
+        logs: Title to `log.jsonl` of the arms that train.
+    """
     titles = {arm.name: arm.title for arm in ARMS}
     names = {
         "constant": "Floor: one constant caption",
@@ -388,7 +410,9 @@ def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence
     ]
     hidden = {**{titles[name]: results["hidden"][name] for name in titles}, "Chance": results["hidden"]["chance"]}
     counts = results["num_products"]
-    parts: list[Table | BarChart | Text | Examples] = [
+    settings = results["config"] | {"prompt": PROMPT, "generation": dataclasses.asdict(GENERATION)}
+    settings |= {"arms": {arm.name: {"photos": arm.photos, **arm.model, "trains": arm.trains} for arm in ARMS}}
+    parts: list[Part] = [
         Text(title="What was found", paragraphs=findings(results)),
         Table(
             title="Scores",
@@ -413,8 +437,9 @@ def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence
             emphasised=titles["mivpg"],
         ),
         _trait_table(results, titles),
+        *training_curves(logs),
         Examples(
-            title="Twelve test products",
+            title="Test products",
             note="One of each family, drawn by the seed. The bar under a photo is how much MIVPG's visual prompts "
             f"looked at it. MIVPG says nothing wrong of {results['examples']['nothing_wrong']['mivpg']} of these "
             f"{len(examples)} and of {results['nothing_wrong']['mivpg']:.0%} of all test products.",
@@ -431,6 +456,7 @@ def write_demo_report(path: Path, results: Mapping[str, Any], examples: Sequence
                 f"Caption your own photos with it: mivpg caption --model {results['model']} PHOTO …",
             ],
         ),
+        *what_was_run(settings),
     ]
     write_report(
         path,

@@ -388,7 +388,7 @@ def evaluate_captions(
 
     Returns:
         What goes into a METRICS.json: `num_bags`, `num_references`, `seed`, `metrics` (name to value, 0 to 1 or, of
-        CIDEr, 0 to 10) and `floors` (name to metrics).
+        CIDEr, 0 to 10), `floors` (name to metrics) and `cider_of_each` (bag id to its own CIDEr).
 
     Raises:
         MivpgError: As `CaptionScorer` and its `score`.
@@ -401,6 +401,7 @@ def evaluate_captions(
             "seed": seed,
             "metrics": scorer.score(predictions),
             "floors": {name: scorer.score(floor) for name, floor in caption_floors(train, test, seed=seed).items()},
+            "cider_of_each": scorer.cider_of_each(predictions),
         }
 
 

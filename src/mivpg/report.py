@@ -7,6 +7,7 @@ Whatever comes from data, captions above all, is text on the page and never mark
 """
 
 import io
+import json
 import math
 import textwrap
 from base64 import b64encode
@@ -15,16 +16,19 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import matplotlib
 import matplotlib.style
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from mivpg.files import write_whole
 from mivpg.images import open_image
+from mivpg.versions import installed_versions
 
 THUMBNAIL_SIDE = 200
 """Longest side of a photo on the page, in pixels."""
@@ -108,6 +112,19 @@ class Picture:
     png: bytes
     alt: str
     """What it shows, for those who do not see it."""
+    is_chart: bool = False
+    """Whether it is drawn as charts are: narrow, dark on a transparent ground."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """Text that keeps its lines, such as a configuration in YAML."""
+
+    kind: ClassVar[str] = "listing"
+
+    title: str
+    note: str = ""
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +134,7 @@ class BagExample:
     id: str
     title: str
     images: Sequence[Path]
-    """The main photo first."""
+    """The main photo first; none, where a bag holds features."""
     weights: Sequence[float] | None
     """How much each photo counted, summing to one."""
     references: Sequence[str]
@@ -141,7 +158,7 @@ class Examples:
     """The system whose caption stands first, in bold."""
 
 
-Part = Table | BarChart | Text | Picture | Examples
+Part = Table | BarChart | Text | Picture | Listing | Examples
 """A section of a report."""
 
 
@@ -170,6 +187,42 @@ def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Part]) ->
     environment.filters |= {"thumbnail": thumbnail, "draw_chart": draw_chart, "data_uri": data_uri, "percent": percent}
     page = environment.get_template("report.html.jinja").render(title=title, lead=lead, parts=parts)
     write_whole(path, page.encode(errors="replace"))  # half a surrogate pair, which JSON can hold, has no UTF-8
+
+
+def what_was_run(settings: Mapping[str, Any]) -> list[Part]:
+    """The last sections of every report: the configuration as YAML, and the versions that ran it."""
+    plain = json.loads(json.dumps(settings, default=str))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return [
+        Listing(title="Configuration", text=text),
+        Table(title="Versions", columns=["", "version"], rows=[[*item] for item in installed_versions().items()]),
+    ]
+
+
+def training_curves(logs: Mapping[str, Path], *, title: str = "Training") -> list[Part]:
+    """Loss and validation CIDEr over epochs, a line a run.
+
+    Args:
+        logs: Name to `log.jsonl` of a run folder.
+        title: Of the section.
+
+    Returns:
+        One section, or none where none of the logs is there.
+    """
+    runs = {
+        name: [json.loads(line) for line in log.read_text().splitlines()] for name, log in logs.items() if log.exists()
+    }
+    if not runs:
+        return []
+    words = []
+    for name, entries in runs.items():
+        of_run = [f"{what} {of_entries[-1][1]:.3f}" for what, of_entries in _curves(entries).items() if of_entries]
+        words.append(f"{name} {', '.join(of_run)}")
+    note = (
+        "The loss is the mean of some steps; CIDEr is that of the validation split, by which the best epoch is chosen."
+    )
+    alt = f"Curves over epochs; at the end: {'; '.join(words)}."
+    return [Picture(title=title, note=note, png=draw_training(runs), alt=alt, is_chart=True)]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -280,6 +333,50 @@ def draw_chart(chart: BarChart) -> bytes:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # else the hour and web addresses stand there
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
     return svg.getvalue()
+
+
+# ── Curves ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _curves(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """(epoch, value) of what a run logged."""
+    keys = {"loss": "loss", "CIDEr": "eval_CIDEr"}
+    return {
+        what: [(entry["epoch"], entry[key]) for entry in entries if entry.get(key) is not None]
+        for what, key in keys.items()
+    }
+
+
+def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
+    """A PNG: the loss above, validation CIDEr below it where there is one.
+
+    Args:
+        runs: Name to the entries of its `log.jsonl`.
+    """
+    curves = {textwrap.fill(name, 44): _curves(entries) for name, entries in runs.items()}
+    panels = [what for what in ("loss", "CIDEr") if any(of_run[what] for of_run in curves.values())]
+    num_columns = 2 if max(map(len, curves)) <= 20 else 1
+    num_lines = sum(name.count("\n") + 1 for name in curves)
+    height = 2.2 * len(panels) + 0.22 * math.ceil(num_lines / num_columns) + 0.2
+    with matplotlib.style.context(["default", {"font.size": 11, "axes.edgecolor": PALE, "text.parse_math": False}]):
+        figure = Figure((CHART_WIDTH / 72, height), layout="constrained")
+        for number, what in enumerate(panels, start=1):
+            axes = figure.add_subplot(len(panels), 1, number)
+            for index, (name, of_run) in enumerate(curves.items()):
+                style = "-" if index < 10 else "--"  # after ten the colours begin again
+                marker = "." if what == "CIDEr" else ""
+                axes.plot(*zip(*of_run[what] or [(math.nan, math.nan)], strict=True), style, marker=marker, label=name)
+            axes.set(ylabel=what)
+            axes.grid(color=PALE, linewidth=0.5)
+            axes.spines[["right", "top"]].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if number == len(panels):
+                axes.set_xlabel("epoch")
+                handles, labels = axes.get_legend_handles_labels()
+                figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, frameon=False)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=200, transparent=True, metadata={"Software": None})
+    return png.getvalue()
 
 
 # ── The picture ─────────────────────────────────────────────────────────────────────────────────────────────────────

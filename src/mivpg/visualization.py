@@ -212,7 +212,7 @@ def draw_attention(
     heads = maps.images[-1, 0].unflatten(2, (len(photos), -1)).sum(dim=3).float().cpu().numpy()  # (A, R, N)
     tokens = combined if maps.patches is None else maps.patches[0].float().cpu().numpy()  # (N, P)
     alike = 1 / (tokens.size if maps.patches is None else tokens.shape[1])  # the weight of a token if all were alike
-    grids = _patch_grids(tokens / alike, num_prefix_tokens)  # (N, side, side)
+    grids = patch_grids(tokens / alike, num_prefix_tokens)  # (N, side, side)
 
     columns = max(len(shown), 4)  # a photo of a small bag is no larger than a quarter
     top_height = (WIDTH / columns + 0.2) * (1 if grids is None else 2)
@@ -250,8 +250,15 @@ def _words(caption: str, references: Sequence[str]) -> list[str]:
     return [*numbered, f"Caption: {caption}"]
 
 
-def _patch_grids(tokens: np.ndarray, num_prefix_tokens: int) -> np.ndarray | None:
-    """Weights (N, P) as (N, side, side); None where patches were not told apart: none has a weight, or all the same."""
+def patch_grids(tokens: np.ndarray, num_prefix_tokens: int) -> np.ndarray | None:
+    """Weights of tokens (N, P) as grids of patches (N, side, side).
+
+    Returns:
+        None where patches were not told apart: none has a weight, or all have the same.
+
+    Raises:
+        MivpgError: The patches are no square grid.
+    """
     patches = tokens[:, num_prefix_tokens:]
     if patches.shape[1] < 2 or np.ptp(patches, axis=1).max() == 0:
         return None

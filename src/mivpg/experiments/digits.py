@@ -31,7 +31,7 @@ from mivpg.datasets.bag_set import LabelledBag
 from mivpg.errors import MivpgError
 from mivpg.experiments.runner import clean_processes, num_cores
 from mivpg.files import refuse_used, write_whole
-from mivpg.report import Picture, Table, Text, markdown_table, spread, write_report
+from mivpg.report import Picture, Table, Text, markdown_table, spread, what_was_run, write_report
 from mivpg.training import QFormerSizes
 
 Task = Literal["contains", "repeats"]
@@ -331,7 +331,7 @@ def _write_tables(out: Path, config: DigitsConfig, results: Mapping[str, Any]) -
         out / "report.html",
         title="Bags of digits",
         lead="Every aggregator under the same classifier, over the number of training bags.",
-        parts=[*parts, about],
+        parts=[*parts, about, *what_was_run(asdict(config))],
     )
 
 

@@ -28,8 +28,11 @@ from mivpg.experiments.paper import Arm, Experiment, experiments
 from mivpg.experiments.results import Key, Scores, results_of
 from mivpg.experiments.runner import EpochByEpoch, FineTuning, RecurrentDecoder, Run, run_all
 from mivpg.files import read_json, refuse_used, write_whole
-from mivpg.report import write_report
-from mivpg.training import BEST, ModelConfig, TrainConfig
+from mivpg.report import Part, training_curves, what_was_run, write_report
+from mivpg.training import BEST, LOG_FILE, ModelConfig, TrainConfig
+
+CLAIM = "reproduce.json"
+"""Says what a folder's runs depend on."""
 
 
 def reproduce(
@@ -93,18 +96,34 @@ def reproduce(
             print(f"Measuring: {experiment.name} …", flush=True)
             results[experiment.name]["finding"] = _finding(data, experiment, runs)
         write_results(out, experiment, results[experiment.name])
+    parts: list[Part] = []
+    for experiment in chosen:
+        parts += report_parts(out, experiment, results[experiment.name])
+        parts += training_curves(_logs(experiment, runs), title=f"Training: {experiment.name}, seed 0")
+    settings = {"experiments": [experiment.name for experiment in chosen], "seeds": num_seeds}
     write_report(
         out / "report.html",
         title="MIVPG: the paper's experiments" + (" in miniature" if scale == "miniature" else ""),
         lead=_lead(scale, num_seeds),
-        parts=[part for experiment in chosen for part in report_parts(out, experiment, results[experiment.name])],
+        parts=[*parts, *what_was_run(settings | read_json(out / CLAIM))],
     )
     return results
 
 
+def _logs(experiment: Experiment, runs: Mapping[Key, Run]) -> dict[str, Path]:
+    """By arm, and data set where there are several, where the runs of the first seed log their training."""
+    several = len({arm.data for arm in experiment.arms}) > 1
+    logs = {}
+    for arm in experiment.arms:
+        run = runs.get((arm.data, arm.name, 0))
+        if isinstance(run, FineTuning) and run.training is not None and arm.epoch is None:
+            logs[f"{arm.data}: {arm.title}" if several else arm.title] = run.training.output_dir / LOG_FILE
+    return logs
+
+
 def _claim(out: Path, scale: str, data_root: Path | None) -> None:
     """Makes the folder that of these settings, so that no run is taken for one of others."""
-    mark = out / "reproduce.json"
+    mark = out / CLAIM
     settings = asdict(SCALES[scale]) | {"data_root": data_root and data_root.resolve()}
     del settings["base"]  # of which runs say by its weights
     settings["settings"] = {

@@ -60,6 +60,7 @@ from mivpg.miniature import biopsies, scenes
 from mivpg.miniature import product_lessons as products
 from mivpg.miniature.lessons import IMAGE_SIZE, PictureLesson, TextLesson
 from mivpg.miniature.processes import in_processes
+from mivpg.model_card import write_base_card
 
 logger = logging.getLogger(__name__)
 
@@ -453,7 +454,9 @@ def train(
     stored = out / "processor_config.json"  # where MivpgProcessor looks for the prompt; BLIP-2's does not know one
     write_whole(stored, json.dumps(read_json(stored) | {"prompt": PROMPT}, indent=2) + "\n")
     (out / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in log))
-    write_whole(out / RECIPE_FILE, json.dumps(_describe(out, recipe, figures), indent=2) + "\n")
+    described = _describe(out, recipe, figures)
+    write_base_card(out, described)
+    write_whole(out / RECIPE_FILE, json.dumps(described, indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     return out
 

@@ -1,0 +1,182 @@
+"""Model cards: what a run knows stands in them, what nobody knows is called not known, and both outlive a copy."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import metadata_load
+
+from families import save_blip2
+from mivpg import MivpgForConditionalGeneration
+from mivpg.bags import Sample, select
+from mivpg.classification import cross_validate
+from mivpg.datasets import DatasetConfig
+from mivpg.datasets.abo import AboConfig
+from mivpg.datasets.bag_file import load_bag_file
+from mivpg.datasets.bag_set import BagSet
+from mivpg.evaluation import TRAINING_METRICS, caption_floors, score_captions
+from mivpg.miniature import BASE_MODEL
+from mivpg.model_card import CARD, DATA_LICENCES, Training, read_training, write_base_card, write_model_card
+from mivpg.training import LOG_FILE, _data_for_card, train
+from test_classification import bags_of, config_of
+from training_script import make_world, tiny_train_config
+
+TRAINING = Training(
+    data="3 bags with 4 captions, of `shop.csv`, read as `bag_file`.",
+    data_licence="not known",
+    scored_on="On 2 validation bags.",
+    scores={"this model": {"BLEU@4": 0.5, "CIDEr": 1.25}, "floor label": {"BLEU@4": 0.25, "CIDEr": 1.5}},
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def best(world, tmp_path_factory) -> Path:
+    """What two epochs made."""
+    return train(tiny_train_config(world, output_dir=tmp_path_factory.mktemp("runs") / "run"))
+
+
+def card(folder: Path) -> str:
+    return (folder / CARD).read_text(encoding="utf-8")
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """First cell to the others, of every table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {first: others for first, *others in lines}
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0].strip()
+
+
+def test_a_run_says_base_data_scores_and_floors(world, best):
+    text = card(best)
+    samples = load_bag_file(world / "bags.jsonl")
+    train_samples, val = select(samples, "train"), select(samples, "val")
+    digest = json.loads((best / "config.json").read_text())["base"]["language_model"]["sha256"]["model.safetensors"]
+    assert section(text, "Base").splitlines()[0] == f"- language model: `opt` (sha256 of model.safetensors {digest})"
+    assert section(text, "Data") == "21 bags with 63 captions, of `bags.jsonl`, read as `bag_file`."
+
+    logged = [json.loads(line) for line in (best.parent / LOG_FILE).read_text().splitlines()]
+    best_epoch = max((entry for entry in logged if "eval_CIDEr" in entry), key=lambda entry: entry["eval_CIDEr"])
+    references = {sample.id: sample.captions for sample in val}
+    expected = {"this model": [f"{best_epoch[f'eval_{metric}']:.3f}" for metric in TRAINING_METRICS]}
+    for name, captions in caption_floors(train_samples, val, seed=42).items():
+        scores = score_captions(captions, references, metrics=TRAINING_METRICS)
+        expected[f"floor {name}"] = [f"{scores[metric]:.3f}" for metric in TRAINING_METRICS]
+    found = rows(section(text, "Metrics"))
+    assert {name: found[name] for name in expected} == expected and found[""] == list(TRAINING_METRICS)
+    assert f"after step {best_epoch['step']} of 6" in text
+
+
+def test_it_names_no_folder_of_the_machine(world, best):
+    assert str(world) not in card(best) and str(best.parent) not in card(best)
+
+
+def test_a_checkpoint_in_the_middle_of_a_run_knows_its_base_alone(best):
+    text = card(next(best.parent.glob("checkpoint-*")))
+    assert section(text, "Base") == section(card(best), "Base")
+    assert section(text, "Data").startswith("Not known: ") and section(text, "Metrics").startswith("Not measured here.")
+    assert rows(section(text, "Licences"))["data"] == ["not known"]
+
+
+def test_a_whole_copy_keeps_what_the_run_knew(best, tmp_path):
+    MivpgForConditionalGeneration.from_pretrained(best).save_pretrained(tmp_path / "whole")
+    text = card(tmp_path / "whole")
+    assert "All weights are in this folder." in text and "All weights are in this folder." not in card(best)
+    assert section(text, "Metrics") == section(card(best), "Metrics")
+    assert "whether it was changed after\nthat is not known" in section(text, "Data")
+    MivpgForConditionalGeneration.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "again")
+    assert section(card(tmp_path / "again"), "Metrics") == section(text, "Metrics")
+
+
+def test_licences_are_those_that_cards_state(tmp_path):
+    blip2 = save_blip2(tmp_path / "blip2")
+    heads = {
+        "---\nlicense: mit\n---\n": "mit, as its card says",
+        "---\nlicense: unknown\n---\n": "not known",
+        "---\nlicense: [\n---\n": "not known",  # no YAML
+        "# a card without a head\n": "not known",
+    }
+    for head, licence in heads.items():
+        (blip2 / CARD).write_text(head)
+        MivpgForConditionalGeneration.from_pretrained(blip2).save_trained(tmp_path / "trained")
+        assert rows(section(card(tmp_path / "trained"), "Licences"))["model, `blip2`"] == [licence]
+
+
+def test_a_base_on_the_hub_is_linked_and_its_licence_left_to_its_page(best, tmp_path):
+    config = MivpgForConditionalGeneration.from_pretrained(best).config
+    base = {"model": {"path": "Salesforce/blip2-opt-2.7b", "revision": "59a1ef6", "sha256": {}}}
+    write_model_card(tmp_path, config, base, is_whole=False, training=TRAINING)
+    assert metadata_load(tmp_path / CARD)["base_model"] == ["Salesforce/blip2-opt-2.7b"]
+    assert "- model: `Salesforce/blip2-opt-2.7b` (commit 59a1ef6)\n" in card(tmp_path)
+    assert "| not known here; its page on the Hub says |" in card(tmp_path)
+
+
+def test_no_better_than_a_floor_is_said(best, tmp_path):
+    config = MivpgForConditionalGeneration.from_pretrained(best).config
+    write_model_card(tmp_path, config, None, is_whole=True, training=TRAINING)
+    said = [line for line in card(tmp_path).splitlines() if "no better than" in line]
+    assert said == ["**By CIDEr this model is no better than the floor label**, which looks at no image."]
+    assert read_training(tmp_path) == TRAINING
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# mine\n", "---\nlicense: mit\n---\n", "---\nmivpg: {a: 1}\n---\n", "---\n[\n---\n"]
+)
+def test_cards_that_people_write_say_nothing_of_training(tmp_path, text):
+    (tmp_path / CARD).write_text(text)
+    assert read_training(tmp_path) is None
+    assert read_training(tmp_path / "nothing") is None
+
+
+def test_order_matters_with_ppeg_alone(tmp_path):
+    blip2 = save_blip2(tmp_path / "blip2")
+    for encoding in ("none", "ppeg"):
+        model = MivpgForConditionalGeneration.from_pretrained(blip2, position_encoding=encoding)
+        model.save_trained(tmp_path / encoding)
+        assert ("their order matters" in card(tmp_path / encoding)) == (encoding == "ppeg")
+
+
+def test_data_have_the_licence_of_their_kind(tmp_path):
+    assert DATA_LICENCES.keys() <= {field.name for field in dataclasses.fields(DatasetConfig)}
+    dataset = DatasetConfig(abo=AboConfig(root=tmp_path))
+    samples = [Sample(id="a", captions=("a chair", "a red chair"))]
+    said = f"1 bags with 2 captions, of `{tmp_path.name}`, read as `abo`."
+    assert _data_for_card(dataset, samples) == (said, DATA_LICENCES["abo"])
+    (tmp_path / "miniature.json").write_text("{}")
+    assert _data_for_card(dataset, samples) == (f"{said} They are generated.", "generated by mivpg, Apache-2.0")
+
+
+def test_the_card_of_the_base_that_comes_along_is_what_its_recipe_says(tmp_path):
+    recipe = json.loads((BASE_MODEL / "recipe.json").read_text())
+    write_base_card(tmp_path, recipe)
+    assert card(tmp_path) == card(BASE_MODEL)
+    assert metadata_load(BASE_MODEL / CARD)["license"] == "apache-2.0"
+    assert rows(card(BASE_MODEL))["product_lessons"][1:] == ["14", "0.79"]  # the last of them, the ends
+
+
+def test_a_fold_says_what_the_most_common_label_would_reach(tmp_path):
+    results = cross_validate(
+        BagSet(bags=bags_of(12), label_names=["0", "1"]), config_of("mean", num_folds=2), tmp_path / "out"
+    )
+    text = card(tmp_path / "out" / "fold-0")
+    found = rows(section(text, "Metrics"))
+    assert found[""][0] == "accuracy" and found["this model"][0] == f"{results['folds'][0]['accuracy']:.3f}"
+    assert found["floor the most common label"][:2] == ["0.500", "0.500"]  # as many bags of either label
+    assert "It says which label a bag of images has." in text and "mivpg evaluate" not in text
+
+
+def test_the_head_is_what_the_hub_reads(best):
+    head = metadata_load(best / CARD)
+    assert (head["library_name"], head["pipeline_tag"], head["license"]) == ("mivpg", "image-to-text", "unknown")
+    assert card(best).startswith("---\n") and yaml.safe_load(card(best).split("---\n")[1]) == head

@@ -1,0 +1,179 @@
+"""The likelihood of a caption token by token, what removing images does to it, and what is said of the outcome."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from families import save_blip2
+from mivpg import Bag, BagCollator, GenerationOptions, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
+from mivpg.bags import Sample
+from mivpg.likelihood import (
+    NUM_DRAWS,
+    caption_log_likelihoods,
+    check_table,
+    check_weights,
+    finding,
+    remove_images,
+    without,
+)
+
+CAPTIONS = ["a red chair", "", "two stools"]
+
+
+@pytest.fixture(scope="module", params=["opt", "llama", "t5"])
+def captioner(request, tmp_path_factory) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
+    return load(save_blip2(tmp_path_factory.mktemp(request.param), request.param))
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
+    return load(save_blip2(tmp_path_factory.mktemp("opt")))
+
+
+def load(folder) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
+    model = MivpgForConditionalGeneration.from_pretrained(folder, patch_pooling="abmil").eval()
+    return model, MivpgProcessor.from_pretrained(folder)
+
+
+def random_bag(num_images: int, name: str = "bag", prompt: str = "see") -> Bag:
+    """Of features as wide as the tiny ViT's."""
+    generator = torch.Generator().manual_seed(num_images)
+    embeds = 3 * torch.randn(num_images, 17, 24, generator=generator)
+    return Bag(id=name, images=None, image_embeds=embeds, image_coords=None, prompt=prompt, caption=None)
+
+
+@torch.no_grad()
+def token_by_token(model, processor, bag: Bag, caption: str) -> float:
+    """Each token is asked for by itself, after those before it, of the language model alone."""
+    batch = BagCollator(processor, training=False)([bag])
+    ids = processor.caption_ids(bag.prompt, caption)
+    embeds, _ = model.prepare_inputs_embeds(
+        batch["input_ids"], image_embeds=batch["image_embeds"], image_mask=batch["image_mask"]
+    )
+    total = 0.0
+    for position, token in enumerate(ids):
+        before = torch.tensor([ids[:position]], dtype=torch.long)
+        if model.config.is_encoder_decoder:
+            start = torch.tensor([[model.config.text_config.decoder_start_token_id]])
+            logits = model.language_model(inputs_embeds=embeds, decoder_input_ids=torch.cat([start, before], 1)).logits
+        else:
+            written = model.get_input_embeddings()(before)
+            logits = model.language_model(inputs_embeds=torch.cat([embeds, written], 1)).logits
+        total += float(logits[0, -1].log_softmax(-1)[token])
+    return total
+
+
+def test_the_likelihood_is_that_of_each_token_after_those_before_it(captioner):
+    bags = [random_bag(3), random_bag(1), random_bag(5)]
+    found = caption_log_likelihoods(*captioner, bags, CAPTIONS, batch_size=2)
+    expected = [token_by_token(*captioner, bag, caption) for bag, caption in zip(bags, CAPTIONS, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=2e-4)
+    assert expected[0] < -10  # the control: eleven letters of a random model
+    assert expected[0] != pytest.approx(token_by_token(*captioner, random_bag(5), CAPTIONS[0]), abs=1e-2)
+
+
+def test_the_model_is_left_in_its_mode(captioner):
+    model, processor = captioner
+    model.train()
+    modes = [module.training for module in model.modules()]
+    caption_log_likelihoods(model, processor, [random_bag(2)], ["a"])
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+
+
+def test_changes_are_those_of_the_smaller_bags(opt):
+    bag, weights = random_bag(4), [0.1, 0.5, 0.15, 0.25]
+    removal = remove_images(*opt, bag, "a chair", weights, batch_size=3)
+    whole = token_by_token(*opt, bag, "a chair")
+    changes = [
+        token_by_token(*opt, replace(bag, image_embeds=bag.image_embeds[torch.arange(4) != i]), "a chair") - whole
+        for i in range(4)
+    ]
+    assert (removal.num_images, removal.num_removed) == (4, 1)
+    assert removal.log_likelihood == pytest.approx(whole, abs=1e-4)
+    assert removal.most == pytest.approx(changes[1], abs=2e-4)
+    assert removal.least == pytest.approx(changes[0], abs=2e-4)
+    assert removal.random == pytest.approx(np.mean(changes), abs=2e-4)
+    assert np.ptp(changes) > 1e-2  # the control: images differ
+
+
+def test_weights_that_mean_something_come_out_so(opt):
+    """Where the weights are what each image's absence costs, the order is most, random, least."""
+    bag = random_bag(4)
+    changes = [remove_images(*opt, bag, "a chair", np.eye(4)[i]).most for i in range(4)]
+    removal = remove_images(*opt, bag, "a chair", [-change for change in changes])
+    assert removal.most < removal.random < removal.least
+    mistaken = remove_images(*opt, bag, "a chair", changes)
+    assert (mistaken.most, mistaken.least) == pytest.approx((removal.least, removal.most), abs=1e-5)
+
+
+def test_of_many_choices_some_are_drawn_and_always_the_same(opt, monkeypatch):
+    seen: list[list[int]] = []
+
+    def likelihoods(model, processor, bags, captions, **_):
+        seen.append([len(bag.image_embeds) for bag in bags])
+        return torch.tensor([float(bag.image_embeds.sum()) for bag in bags])
+
+    monkeypatch.setattr("mivpg.likelihood.caption_log_likelihoods", likelihoods)
+    weights = np.arange(12.0)
+    first, again = (remove_images(*opt, random_bag(12), "a", weights) for _ in range(2))
+    assert first == again
+    assert first.num_removed == 3 and seen[0] == [12] + [9] * (2 + NUM_DRAWS)
+    assert remove_images(*opt, random_bag(12), "a", weights, seed=1).random != first.random
+    exact = remove_images(*opt, random_bag(5), "a", weights[:5])  # ten choices of two
+    sums = [float(without(random_bag(5), pair).image_embeds.sum()) for pair in combinations(range(5), 2)]
+    assert seen[-1] == [5] + [3] * 12
+    assert exact.random == pytest.approx(np.mean(sums) - exact.log_likelihood, rel=1e-4)
+
+
+def test_a_bag_of_one_image_has_nothing_to_remove(opt):
+    with pytest.raises(MivpgError, match="bag 'lone' has one image"):
+        remove_images(*opt, random_bag(1, "lone"), "a", [1.0])
+
+
+def test_coordinates_go_with_their_images():
+    bag = random_bag(4)
+    bag.image_coords = torch.arange(8.0).reshape(4, 2)
+    rest = without(bag, [0, 2])
+    assert torch.equal(rest.image_embeds, bag.image_embeds[[1, 3]])
+    assert rest.image_coords.tolist() == [[2, 3], [6, 7]]
+
+
+def test_over_a_data_set(opt, tmp_path):
+    samples = []
+    for number in (1, 2, 5, 3):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({"image_embeds": random_bag(number).image_embeds}, file)
+        samples.append(Sample(id=f"bag {number}", features=file))
+    options = {"generation": GenerationOptions(num_beams=1, max_new_tokens=5), "prompt": "see"}
+    checked = check_weights(*opt, samples, batch_size=2, **options)
+    assert [bag["id"] for bag in checked["bags"]] == ["bag 2", "bag 5", "bag 3"]
+    assert [bag["num_removed"] for bag in checked["bags"]] == [1, 2, 1]
+    for name in ("most", "least", "random"):
+        assert checked[name]["mean"] == pytest.approx(np.mean([bag[name] for bag in checked["bags"]]))
+    differences = [bag["most"] - bag["random"] for bag in checked["bags"]]
+    assert checked["most - random"]["mean"] == pytest.approx(np.mean(differences))
+    assert checked["most - random"]["low"] <= np.mean(differences) <= checked["most - random"]["high"]
+    assert checked["most_matters_more"]["mean"] == pytest.approx(np.mean(np.array(differences) < 0))
+    alone = check_weights(*opt, samples[2:3], batch_size=8, **options)["bags"][0]
+    for name, value in alone.items():
+        assert checked["bags"][1][name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
+    assert len(check_table(checked)) == 6
+    with pytest.raises(MivpgError, match="none of 1 bags has two images"):
+        check_weights(*opt, samples[:1], **options)
+
+
+def interval(low: float, high: float) -> dict[str, float]:
+    return {"mean": (low + high) / 2, "low": low, "high": high}
+
+
+def test_the_finding_is_what_came_out():
+    below, above, across = interval(-2, -1), interval(1, 2), interval(-1, 1)
+    assert "loses more" in finding({"most - random": below, "most - least": below})
+    assert "mislead" in finding({"most - random": above, "most - least": above})
+    for other in (above, across):
+        assert "cannot be told" in finding({"most - random": below, "most - least": other})
