@@ -195,7 +195,7 @@ def draw_block() -> Drawing:
     for number in range(12):
         with_cross = number % 2 == 0
         y = 72 + 29 * number
-        d.rectangle(505, y, 170, 24, *FILLS["added" if with_cross else "trained"], radius=5)
+        d.rectangle(505, y, 170, 24, *FILLS["trained"], radius=5)
         d.text(590, y + 16, f"{number}   " + ("reads instances" if with_cross else "queries alone"), size=12)
     d.arrow((590, 418), (590, 440))
     d.text(590, 458, "to the language projection", size=12)
@@ -238,10 +238,10 @@ def draw_pooling() -> Drawing:
 def draw_scenarios() -> Drawing:
     """Figure 3 as we read it: bags of patches, bags of images, and one path for all."""
     d = Drawing(370, "Three kinds of bags go one way to 32 visual prompts")
-    for x, name in ((75, "images"), (225, "tokens of the vision model"), (425, "instances"), (610, "to the model")):
+    for x, name in ((75, "images"), (225, "tokens of the vision model"), (425, "instances"), (610, "to 32 prompts")):
         d.text(x, 24, name, size=14, weight="bold")
     rows = (
-        ("one picture", 1, "N = 1, P = 257", "every patch: M = P", "none", "PPEG, no CSA"),
+        ("one picture", 1, "N = 1, P = 257", "every token: M = P", "none", "PPEG, no CSA"),
         ("tiles of a slide", 4, "N ≤ 1,860, CLS alone", "one a tile: M = N", "cls", "CSA"),
         ("several photos", 3, "N = 2 … 21, P = 257", "one a photo: M = N", "abmil", "CSA, no PPEG"),
     )
@@ -263,8 +263,7 @@ def draw_scenarios() -> Drawing:
         d.arrow((302, y + 36), (352, y + 36))
         d.text(327, y + 28, pooling, size=12)
         if pooling == "none":
-            for row in range(2):
-                d.squares(375, y + 20 + 16 * row, [COLOURS[0]] * 7, size=12, gap=3)
+            d.squares(359, y + 30, [COLOURS[0]] * 9, size=12, gap=3)
         else:
             d.squares(425 - 11 * images, y + 27, list(COLOURS[:images]))
         d.text(425, y + 74, instances, size=12)

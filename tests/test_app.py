@@ -253,8 +253,20 @@ def test_damaged_slide_and_missing_openslide_get_a_sentence(embedded, tmp_path, 
         assert opened is None
         assert sentence.startswith("case.svs is no slide")
     monkeypatch.setitem(sys.modules, "openslide", None)
+    slide.write_bytes(b"II*\0 no slide")
     opened, refused = open_files(*embedded, [slide], max_files=2)
     assert (opened, refused) == (None, ["Slide files take OpenSlide: pip install 'mivpg[slides]'."])
+
+
+def test_a_text_that_names_another_file_as_its_slide_is_refused(embedded, tmp_path):
+    """OpenSlide goes by content: as Hamamatsu's index file it would read that file, and say whether it is there."""
+    secret = written(tmp_path / "secret.jpg", b"")
+    lines = ["[Virtual Microscope Specimen]", "NoLayers=1", "NoJpegColumns=1", "NoJpegRows=1"]
+    for name in ("x.svs", "x.ndpi", "x.vms"):
+        index = written(tmp_path / name, "\n".join([*lines, f"ImageFile={secret}", f"MapFile={secret}"]).encode())
+        opened, (sentence,) = open_files(*embedded, [index], max_files=2)
+        assert opened is None
+        assert sentence.startswith(name) and "secret" not in sentence and str(tmp_path) not in sentence
 
 
 def test_names_and_captions_are_text_not_markup(embedded, photos):

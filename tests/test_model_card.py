@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import metadata_load
+from huggingface_hub import metadata_load, metadata_save
 
 from families import save_blip2
 from mivpg import MivpgForConditionalGeneration
@@ -19,7 +19,7 @@ from mivpg.datasets.bag_set import BagSet
 from mivpg.evaluation import TRAINING_METRICS, caption_floors, score_captions
 from mivpg.miniature import BASE_MODEL
 from mivpg.model_card import CARD, DATA_LICENCES, Training, read_training, write_base_card, write_model_card
-from mivpg.training import LOG_FILE, _data_for_card, train
+from mivpg.training import LOG_FILE, ModelConfig, _data_for_card, train
 from test_classification import bags_of, config_of
 from training_script import make_world, tiny_train_config
 
@@ -180,3 +180,24 @@ def test_the_head_is_what_the_hub_reads(best):
     head = metadata_load(best / CARD)
     assert (head["library_name"], head["pipeline_tag"], head["license"]) == ("mivpg", "image-to-text", "unknown")
     assert card(best).startswith("---\n") and yaml.safe_load(card(best).split("---\n")[1]) == head
+
+
+@pytest.mark.parametrize(
+    "scores", [None, {"floor label": {"CIDEr": 1.5}}, {"this model": {}, "floor label": {"CIDEr": 1}}]
+)
+def test_scores_that_people_changed_say_nothing_of_training(best, tmp_path, scores):
+    config = MivpgForConditionalGeneration.from_pretrained(best).config
+    write_model_card(tmp_path, config, None, is_whole=True, training=TRAINING)
+    head = metadata_load(tmp_path / CARD)
+    metadata_save(tmp_path / CARD, head | {"mivpg": head["mivpg"] | {"scores": scores}})
+    assert read_training(tmp_path) is None
+
+
+def test_a_run_that_starts_from_another_names_both(world, best, tmp_path):
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    config = dataclasses.replace(config, model=ModelConfig(base=str(best), trainable=["language_model", "qformer"]))
+    second = train(config)
+    data = read_training(best).data
+    assert read_training(second).data == f"{data} Before, in another run: {data}"
+    assert "which a language model reads" in card(second)
+    assert "which a frozen language model reads" in card(best)

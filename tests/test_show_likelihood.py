@@ -1,5 +1,6 @@
 """The likelihood of a caption token by token, what removing images does to it, and what is said of the outcome."""
 
+from copy import copy
 from dataclasses import replace
 from itertools import combinations
 
@@ -9,7 +10,15 @@ import torch
 from safetensors.torch import save_file
 
 from families import save_blip2
-from mivpg import Bag, BagCollator, GenerationOptions, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
+from mivpg import (
+    Bag,
+    BagCollator,
+    BagError,
+    GenerationOptions,
+    MivpgError,
+    MivpgForConditionalGeneration,
+    MivpgProcessor,
+)
 from mivpg.bags import Sample
 from mivpg.likelihood import (
     NUM_DRAWS,
@@ -112,21 +121,23 @@ def test_weights_that_mean_something_come_out_so(opt):
 
 
 def test_of_many_choices_some_are_drawn_and_always_the_same(opt, monkeypatch):
-    seen: list[list[int]] = []
+    seen: list[int] = []
 
     def likelihoods(model, processor, bags, captions, **_):
-        seen.append([len(bag.image_embeds) for bag in bags])
+        assert len(bags) <= 8
+        seen.extend(len(bag.image_embeds) for bag in bags)
         return torch.tensor([float(bag.image_embeds.sum()) for bag in bags])
 
     monkeypatch.setattr("mivpg.likelihood.caption_log_likelihoods", likelihoods)
     weights = np.arange(12.0)
     first, again = (remove_images(*opt, random_bag(12), "a", weights) for _ in range(2))
     assert first == again
-    assert first.num_removed == 3 and seen[0] == [12] + [9] * (2 + NUM_DRAWS)
+    assert first.num_removed == 3 and seen == ([12] + [9] * (2 + NUM_DRAWS)) * 2
     assert remove_images(*opt, random_bag(12), "a", weights, seed=1).random != first.random
+    seen.clear()
     exact = remove_images(*opt, random_bag(5), "a", weights[:5])  # ten choices of two
     sums = [float(without(random_bag(5), pair).image_embeds.sum()) for pair in combinations(range(5), 2)]
-    assert seen[-1] == [5] + [3] * 12
+    assert seen == [5] + [3] * 12
     assert exact.random == pytest.approx(np.mean(sums) - exact.log_likelihood, rel=1e-4)
 
 
@@ -163,7 +174,7 @@ def test_over_a_data_set(opt, tmp_path):
     for name, value in alone.items():
         assert checked["bags"][1][name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4))
     assert len(check_table(checked)) == 6
-    with pytest.raises(MivpgError, match="none of 1 bags has two images"):
+    with pytest.raises(MivpgError, match="of none of 1 bags could images be taken away"):
         check_weights(*opt, samples[:1], **options)
 
 
@@ -173,7 +184,36 @@ def interval(low: float, high: float) -> dict[str, float]:
 
 def test_the_finding_is_what_came_out():
     below, above, across = interval(-2, -1), interval(1, 2), interval(-1, 1)
-    assert "loses more" in finding({"most - random": below, "most - least": below})
-    assert "mislead" in finding({"most - random": above, "most - least": above})
+    assert "loses more" in finding({"most": below, "most - random": below, "most - least": below})
+    assert "mislead" in finding({"most": below, "most - random": above, "most - least": above})
     for other in (above, across):
-        assert "cannot be told" in finding({"most - random": below, "most - least": other})
+        assert "cannot be told" in finding({"most": below, "most - random": below, "most - least": other})
+        assert "cannot be told" in finding({"most": other, "most - random": below, "most - least": below})
+
+
+def test_a_limit_of_training_cuts_nothing_that_is_read_back(opt):
+    model, processor = opt
+    short = copy(processor)
+    short.max_caption_tokens = 3
+    bag, caption = random_bag(3), "a chair with four legs"
+    found = caption_log_likelihoods(model, short, [bag], [caption])
+    assert torch.equal(found, caption_log_likelihoods(model, processor, [bag], [caption]))
+    assert short.max_caption_tokens == 3
+
+
+def test_a_bag_of_which_nothing_can_be_taken_is_passed_over(opt, tmp_path, monkeypatch, capsys):
+    samples = []
+    for number in (2, 3):
+        file = tmp_path / f"{number}.safetensors"
+        save_file({"image_embeds": random_bag(number).image_embeds}, file)
+        samples.append(Sample(id=f"bag {number}", features=file))
+
+    def refusing(model, processor, bag, *args, **options):
+        if bag.id == "bag 2":
+            raise BagError("bag 'bag 2': no lattice.")
+        return remove_images(model, processor, bag, *args, **options)
+
+    monkeypatch.setattr("mivpg.likelihood.remove_images", refusing)
+    checked = check_weights(*opt, samples, generation=GenerationOptions(num_beams=1, max_new_tokens=3))
+    assert [bag["id"] for bag in checked["bags"]] == ["bag 3"]
+    assert "bag 'bag 2': no lattice. The bag is passed over." in capsys.readouterr().out

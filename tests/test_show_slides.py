@@ -50,6 +50,8 @@ def test_the_size_of_tiles_is_the_smallest_gap():
     assert tile_span(CORNERS) == 512
     assert tile_span(CORNERS[[0, 2]]) == 1024  # of two with one between them, it cannot be known
     assert tile_span(np.array([[0, 0], [0, 256.5]])) == 256.5
+    apart = np.array([[1037, 0], [1549, 0], [1240, 3000], [1752, 3000]])  # two pieces, a lattice each, as CLAM has it
+    assert tile_span(apart) == 512
     with pytest.raises(MivpgError, match="2 tiles at one place"):
         tile_span(np.zeros((2, 2)))
 

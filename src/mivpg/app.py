@@ -45,8 +45,12 @@ if TYPE_CHECKING:
 MAX_TILES = 64
 """Of a slide with more tiles so many are read, evenly spaced along its rows: a page is to answer within a minute."""
 
-SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif", ".vms", ".vmu", ".svslide")
+SLIDE_SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
 """Names of files that are read as slides. OpenSlide reads TIFF files, too, but most of those are pictures."""
+
+SLIDE_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""What TIFF and BigTIFF files begin with, in which all these slides are kept. OpenSlide goes by content: a text with a
+slide's name could have it open other files of the machine."""
 
 MAX_NEW_TOKENS = 64
 """Longest caption, in tokens."""
@@ -189,6 +193,9 @@ def open_slide_file(
     Raises:
         MivpgError: OpenSlide is not installed, the file cannot be read, or shows no tissue.
     """
+    with path.open("rb") as file:
+        if not file.read(4).startswith(SLIDE_STARTS):
+            raise MivpgError(f"{path} is no slide: it is no TIFF file, as those of {', '.join(SLIDE_SUFFIXES)} are.")
     progress(0, f"looking for tissue in {path.name}")
     tiles = find_tiles(path, TileOptions())
     if len(tiles) > MAX_TILES:

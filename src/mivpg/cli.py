@@ -666,9 +666,7 @@ def serve_page(
 
     check_installed()
     loaded, processor = load(model, dtype)
-    name = (
-        model or "the miniature that comes with the package; it knows generated furniture and small goods, and no more"
-    )
+    name = model or "the miniature that comes with the package; it knows what its generators draw, and no more"
     serve(loaded, processor, name=name, host=host, port=port, max_files=max_files, max_file_mb=max_file_mb)
 
 
@@ -782,7 +780,7 @@ def embedded_model() -> str:
 
     complain(
         "no --model given, so this is the miniature that comes with the package; it was trained on generated pictures "
-        "of furniture and small goods and knows nothing else."
+        "of furniture, small goods, scenes and patches of slides and knows nothing else."
     )
     return str(BASE_MODEL)
 

@@ -12,6 +12,7 @@ was written for the whole bag should become less likely than without as many of 
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from math import ceil, comb
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
 from mivpg.captioning import GenerationOptions, caption_bags, check_batch_size
-from mivpg.errors import MivpgError
+from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import bootstrap_interval
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration, MivpgOutput
 from mivpg.processing_mivpg import MivpgProcessor
@@ -33,6 +34,9 @@ from mivpg.visualization import image_weights
 
 SHARE_REMOVED = 0.25
 """Of a bag's images, rounded up: one of two to four, two of five to eight."""
+
+IMAGES_AT_ONCE = 512
+"""Of a large bag, images that are read at once when some are taken away; a bag that has more is read by itself."""
 
 NUM_DRAWS = 16
 """Random choices of images to remove; all choices where there are no more."""
@@ -71,7 +75,9 @@ def read_captions_back(
         at one token are about the next; an encoder-decoder's are about the label in their place.
     """
     with_captions = [replace(bag, caption=caption) for bag, caption in zip(bags, captions, strict=True)]
-    batch = BagCollator(processor, training=True)(with_captions)
+    whole = copy(processor)
+    whole.max_caption_tokens = None  # a limit of training: what was written is read whole
+    batch = BagCollator(whole, training=True)(with_captions)
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     with in_eval_mode(model):
         return model(**inputs, **kwargs), inputs
@@ -163,10 +169,12 @@ def remove_images(
     by_weight = np.argsort(-np.asarray(weights), kind="stable").tolist()
     chosen = _choices(num_images, num_removed, random.Random(f"removal {seed} {bag.id}"))
     removed = [(), by_weight[:num_removed], by_weight[-num_removed:], *chosen]
-    bags = [without(bag, indices) for indices in removed]
-    whole, most, least, *others = caption_log_likelihoods(
-        model, processor, bags, [caption] * len(bags), batch_size=batch_size
-    ).tolist()
+    at_once = max(1, min(batch_size, IMAGES_AT_ONCE // num_images))
+    found: list[float] = []
+    for start in range(0, len(removed), at_once):  # a large bag is there a few times, and not once a choice
+        bags = [without(bag, indices) for indices in removed[start : start + at_once]]
+        found += caption_log_likelihoods(model, processor, bags, [caption] * len(bags), batch_size=at_once).tolist()
+    whole, most, least, *others = found
     return Removal(
         num_images=num_images,
         num_removed=num_removed,
@@ -254,12 +262,14 @@ def check_weights(
         for bag, caption, row in zip(bags, captions, rows, strict=True):
             assert bag.image_embeds is not None
             weights = row[: len(bag.image_embeds)]
-            removal = remove_images(model, processor, bag, caption, weights, seed=seed, batch_size=batch_size)
+            try:
+                removal = remove_images(model, processor, bag, caption, weights, seed=seed, batch_size=batch_size)
+            except BagError as error:  # what is left of a slide may be no lattice
+                print(f"{error} The bag is passed over.", flush=True)
+                continue
             found.append({"id": bag.id, "caption": caption} | asdict(removal))
     if not found:
-        raise MivpgError(
-            f"none of {len(samples)} bags has two images, and nothing is left without one; two are needed."
-        )
+        raise MivpgError(f"of none of {len(samples)} bags could images be taken away; a bag has to have two or more.")
     summary: dict[str, Any] = {
         name: bootstrap_interval([bag[name] for bag in found]) for name in ("most", "least", "random")
     }
@@ -272,7 +282,7 @@ def check_weights(
 def finding(summary: dict[str, Any]) -> str:
     """What the differences say, whichever way they came out."""
     ends = [summary[name][end] for name in DIFFERENCES for end in ("low", "high")]
-    if max(ends) < 0:
+    if max(*ends, summary["most"]["high"]) < 0:
         return "Without its most attended images a caption loses more than without random or the least attended ones."
     if min(ends) > 0:
         return "Without its most attended images a caption loses less than without others: the weights mislead here."

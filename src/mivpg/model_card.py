@@ -103,8 +103,17 @@ def read_training(folder: Path) -> Training | None:
     """What a model's card knows of its training; None where it is no card of ours, or knows nothing."""
     try:
         head = metadata_load(folder / CARD) if (folder / CARD).is_file() else None
-        return Training(**head["mivpg"]) if head is not None else None
-    except (KeyError, TypeError, ValueError, yaml.YAMLError):  # people may write into a card what they like
+        training = Training(**head["mivpg"]) if head is not None else None
+        if training is not None:
+            _beaten_on(training)  # of other shape than ours, it raises
+        return training
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ):  # people may write into a card what they like
         return None
 
 

@@ -117,6 +117,7 @@ class MivpgProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        kwargs = hub_arguments(kwargs)  # the processor's own options are nothing to its parts
         has_images = (processor_dict or {}).get("image_processor", ...) is not None
         image_processor = None
         if has_images:  # the PIL backend by name: with torchvision's, pixels would depend on what is installed

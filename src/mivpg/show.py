@@ -134,7 +134,7 @@ def look_at_bag(
             removal = None
     tiles = None
     known_as = [f"image {number}" for number in range(1, len(weights) + 1)]
-    if bag.image_coords is not None:
+    if bag.image_coords is not None and (span is not None or len(bag.image_coords.unique(dim=0)) > 1):
         corners = bag.image_coords.double().numpy()
         tiles = SlideTiles(corners=corners, span=tile_span(corners) if span is None else span, slide=slide)
         known_as = [f"tile {number} at {x:.0f}, {y:.0f}" for number, (x, y) in enumerate(corners, start=1)]
@@ -339,7 +339,7 @@ def changes(removal: Removal) -> dict[str, float]:
 
 def verdict(removal: Removal) -> str:
     """Whether the weights of this bag mean something, whichever way it came out."""
-    if removal.most < min(removal.least, removal.random):
+    if removal.most < min(removal.least, removal.random, 0):
         return "The caption rests on the images that were looked at most: without them it loses most."
     return "The caption does not rest on the images that were looked at most: without others it loses as much or more."
 

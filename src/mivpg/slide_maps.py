@@ -53,7 +53,10 @@ class SlideTiles:
 
 
 def tile_span(corners: np.ndarray) -> float:
-    """The side of tiles that lie side by side: the smallest gap between two columns or two rows.
+    """The side of tiles that lie side by side: the smallest gap between two of one row, or of one column.
+
+    Not between any two columns, unless no two tiles are in line: each piece of tissue may have a lattice of its own, as
+    CLAM cuts them.
 
     Args:
         corners: (N, 2).
@@ -61,9 +64,18 @@ def tile_span(corners: np.ndarray) -> float:
     Raises:
         MivpgError: All lie at one place.
     """
-    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in corners.T])
+    in_line = [
+        np.diff(np.unique(corners[corners[:, across] == line, along]))
+        for along, across in ((0, 1), (1, 0))
+        for line in np.unique(corners[:, across])
+    ]
+    gaps = np.concatenate(in_line)
     if not len(gaps):
-        raise MivpgError(f"coords: {len(corners)} tiles at one place, so how large a tile is cannot be told.")
+        gaps = np.concatenate([np.diff(np.unique(axis)) for axis in corners.T])
+    if not len(gaps):
+        raise MivpgError(
+            f"coords: {len(corners)} tiles at one place, so how large one is cannot be told; leave coordinates out."
+        )
     return float(gaps.min())
 
 

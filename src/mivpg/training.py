@@ -143,7 +143,7 @@ class ModelConfig:
     pool_include_prefix: bool | None = None
     """Whether `abmil` pools an image's CLS token, too, or its patches alone."""
     aggregator: AggregatorName | None = None
-    """What turns a bag into visual prompts, where it is not MIVPG."""
+    """What turns a bag into visual prompts, where it is not MIVPG; the last three only classify."""
     aggregator_options: dict[str, Any] | None = None
     """Arguments of its class in `mivpg.aggregators`."""
     trainable: list[str] | None = None
@@ -246,7 +246,7 @@ class TrainConfig:
     bf16: bool = False
     """Compute in bfloat16 where that is safe; what trains is kept in its own precision."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a third more time for much less memory."""
+    """Recompute activations in the backward pass: less memory, longer steps."""
     seed: int = 42
     """Of new weights, dropout, the order of the bags and the choice among references."""
     validation: GenerationOptions = dataclasses.field(default_factory=lambda: GenerationOptions(num_beams=1))
@@ -662,6 +662,10 @@ class MivpgTrainer(Trainer):
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(self._checkpoint(step), unfinished, ignore=shutil.ignore_patterns(*RESUME_FILES))
             shutil.copy(self.run_dir / CONFIG_FILE, unfinished / CONFIG_FILE)
+            if (earlier := self.model._training) is not None:  # of the checkpoint that this run started from
+                data = f"{data} Before, in another run: {earlier.data}"
+                if earlier.data_licence != data_licence:
+                    data_licence = f"{data_licence}; of the other run's data: {earlier.data_licence}"
             training = Training(data=data, data_licence=data_licence, **self._scores_at(step))
             config = MivpgConfig.from_pretrained(unfinished)
             write_model_card(unfinished, config, config.base, is_whole=False, training=training)
