@@ -258,6 +258,12 @@ def test_damaged_slide_and_missing_openslide_get_a_sentence(embedded, tmp_path, 
     assert (opened, refused) == (None, ["Slide files take OpenSlide: pip install 'mivpg[slides]'."])
 
 
+def test_a_prompt_has_a_limit(embedded, photos):
+    opened, _ = open_files(*embedded, photos[:1], max_files=2)
+    with pytest.raises(MivpgError, match="1,001 characters, and at most 1,000"):
+        caption_opened(*embedded, opened, prompt="a" * 1001, num_beams=2)
+
+
 def test_a_text_that_names_another_file_as_its_slide_is_refused(embedded, tmp_path):
     """OpenSlide goes by content: as Hamamatsu's index file it would read that file, and say whether it is there."""
     secret = written(tmp_path / "secret.jpg", b"")

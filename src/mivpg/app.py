@@ -52,6 +52,9 @@ SLIDE_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """What TIFF and BigTIFF files begin with, in which all these slides are kept. OpenSlide goes by content: a text with a
 slide's name could have it open other files of the machine."""
 
+MAX_PROMPT = 1000
+"""Longest prompt, in characters."""
+
 MAX_NEW_TOKENS = 64
 """Longest caption, in tokens."""
 
@@ -270,8 +273,10 @@ def caption_opened(
         progress: Is told what is done.
 
     Raises:
-        MivpgError: A prompt that the processor refuses.
+        MivpgError: A prompt that is too long, or that the processor refuses.
     """
+    if len(prompt) > MAX_PROMPT:
+        raise MivpgError(f"The prompt has {len(prompt):,} characters, and at most {MAX_PROMPT:,} are read; shorten it.")
     opened = replace(opened, bag=replace(opened.bag, prompt=prompt))
     progress(0.1, "writing the caption")
     beams = write_beams(model, processor, opened.bag, num_beams=num_beams)
@@ -634,7 +639,7 @@ def build_page(
                     label="Prompt",
                     info="What the model reads before it writes.",
                     value=processor.prompt,
-                    max_length=1000,
+                    max_length=MAX_PROMPT,
                 )
                 num_beams = gr.Slider(
                     2, 10, value=5, step=1, label="Beams", info="Captions that are kept at each token."
