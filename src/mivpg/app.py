@@ -11,7 +11,6 @@ on the page and never markup.
 # N images of a bag, P patch tokens an image, D vision width
 
 import importlib.util
-import io
 import json
 import math
 import os
@@ -29,13 +28,14 @@ from markupsafe import Markup
 from PIL import Image
 
 from mivpg.bags import Bag, BagCollator
+from mivpg.captioning import in_eval_mode
 from mivpg.errors import BagError, MivpgError
 from mivpg.images import open_image
-from mivpg.likelihood import caption_log_likelihoods, embed_images, in_eval_mode, without
+from mivpg.likelihood import caption_log_likelihoods, embed_images, without
 from mivpg.miniature.catalogue import photograph_product
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
-from mivpg.report import data_uri
+from mivpg.report import as_jpeg, data_uri
 from mivpg.slides import Tile, TileOptions, find_tiles
 from mivpg.visualization import as_seen, attention_maps, draw_attention
 
@@ -432,16 +432,10 @@ def show_photos(opened: OpenedBag, weights: Sequence[float] | None = None, numbe
             ).format(largest, weights[index])
         items.append(
             Markup('<li><img src="{}" alt="photo {}, {}"><span class="name">{}. {}</span>{}</li>').format(
-                _jpeg(thumbnail), number, name, number, name, share
+                data_uri(as_jpeg(thumbnail), "image/jpeg"), number, name, number, name, share
             )
         )
     return Markup('<ol class="photos">{}</ol>').format(Markup("").join(items))
-
-
-def _jpeg(picture: Image.Image) -> str:
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=85)
-    return data_uri(content.getvalue(), "image/jpeg")
 
 
 def show_caption(result: Result) -> str:

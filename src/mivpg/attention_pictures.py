@@ -6,7 +6,6 @@ them out on a page.
 
 # L blocks with cross-attention, A attention heads, R queries, N images, W words
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from mivpg.visualization import STYLE
+from mivpg.visualization import STYLE, as_png
 
 EVEN_COLORS = "viridis"
 """Perceptually even: twice the step in weight looks like twice the step in colour. `jet`, which the paper has, draws
@@ -94,7 +93,7 @@ def draw_patches(photo: Image.Image, maps: Sequence[PatchMap], *, title: str) ->
         for axes, patches in zip(others, maps, strict=False):
             _draw_over(axes, photo, patches)
         figure.suptitle(title, fontsize=12, fontweight="bold")
-        return _png(figure, dpi=100)
+        return as_png(figure, dpi=100)
 
 
 def _draw_over(axes: Axes, photo: Image.Image, patches: PatchMap) -> None:
@@ -135,7 +134,7 @@ def draw_heads(heads: np.ndarray) -> bytes:
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
         figure.supxlabel("image", fontsize="medium")
         figure.colorbar(ScalarMappable(scale), ax=panels.ravel().tolist(), fraction=0.03, pad=0.01, label="weight")
-        return _png(figure, dpi=110)
+        return as_png(figure, dpi=110)
 
 
 def draw_words(words: Sequence[str], images: np.ndarray, numbers: Sequence[int]) -> bytes:
@@ -157,15 +156,8 @@ def draw_words(words: Sequence[str], images: np.ndarray, numbers: Sequence[int])
         axes.set_yticks(range(len(words)), [shorten(word) for word in words])
         axes.set_xlabel("image")
         figure.colorbar(drawn, ax=axes, fraction=0.08, pad=0.03, label="weight")
-        return _png(figure, dpi=100)
+        return as_png(figure, dpi=100)
 
 
 def shorten(word: str) -> str:
     return word if len(word) <= LONGEST_WORD else f"{word[: LONGEST_WORD - 1]}…"
-
-
-def _png(figure: Figure, *, dpi: int) -> bytes:
-    """The same figure gives the same bytes."""
-    png = io.BytesIO()
-    figure.savefig(png, dpi=dpi, metadata={"Software": None})
-    return png.getvalue()

@@ -9,15 +9,16 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample, bag_size
@@ -97,6 +98,18 @@ def caption_bags(
     return _write(model, processor, _collate(model, processor, bags), **generate_kwargs)
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; the model is left in the mode it was found in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def _collate(
     model: "MivpgForConditionalGeneration", processor: "MivpgProcessor", bags: list[Bag]
 ) -> Mapping[str, Tensor]:
@@ -116,12 +129,8 @@ def _write(
 ) -> list[str]:
     """Captions of a batch."""
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         ids = model.generate(**inputs, **generate_kwargs)  # (B, T)
-    finally:
-        model.train(was_training)
     if not model.config.is_encoder_decoder:
         ids = ids[:, inputs["input_ids"].shape[1] :]  # a decoder-only model repeats its prompt
     return processor.decode_captions(ids)

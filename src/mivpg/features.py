@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mivpg.bags import Sample, check_record, naming
-from mivpg.captioning import NUM_READERS, check_batch_size, read_record
+from mivpg.captioning import NUM_READERS, check_batch_size, in_eval_mode, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import features_shape, name_in_store
@@ -137,47 +137,43 @@ def extract_features(
 
     opened = _open_batches(processor, bags, missing, batch_size)
     announced = False
-    was_training = model.training
-    model.eval()
-    try:
-        # disable=None: no bar where the output is not a terminal
-        with (
-            closing(opened),
-            ThreadPoolExecutor(NUM_WRITERS) as writers,
-            tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
-        ):
-            writing: list[Future[None]] = []  # the bags of one batch, while the model sees the next
-            seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
+    # disable=None: no bar where the output is not a terminal
+    with (
+        in_eval_mode(model),
+        closing(opened),
+        ThreadPoolExecutor(NUM_WRITERS) as writers,
+        tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
+    ):
+        writing: list[Future[None]] = []  # the bags of one batch, while the model sees the next
+        seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
+        start = time.monotonic()
+        for batch in opened:
+            opening = time.monotonic() - start
             start = time.monotonic()
-            for batch in opened:
-                opening = time.monotonic() - start
-                start = time.monotonic()
-                pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
-                image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
-                if tokens == "cls":
-                    image_embeds = image_embeds[:, :1]
-                rows = image_embeds.to("cpu", dtype)
-                if not announced:
-                    announced = True
-                    # From now on the next batch is opened while the model sees one.
-                    seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
-                    num_bags = (len(missing), len(mine) - len(missing))
-                    _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
-                for written in writing:
-                    written.result()
-                writing = []
-                for image, row in zip(batch, rows, strict=True):
-                    if image.bag.id not in missing:
-                        continue
-                    seen.append((image.origin, row))
-                    if len(seen) == len(missing[image.bag.id]):
-                        writing.append(writers.submit(_write_bag, folder, image.bag, missing[image.bag.id], seen))
-                        seen = []
-                    progress.update()
+            pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
+            image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
+            if tokens == "cls":
+                image_embeds = image_embeds[:, :1]
+            rows = image_embeds.to("cpu", dtype)
+            if not announced:
+                announced = True
+                # From now on the next batch is opened while the model sees one.
+                seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
+                num_bags = (len(missing), len(mine) - len(missing))
+                _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
             for written in writing:
                 written.result()
-    finally:
-        model.train(was_training)
+            writing = []
+            for image, row in zip(batch, rows, strict=True):
+                if image.bag.id not in missing:
+                    continue
+                seen.append((image.origin, row))
+                if len(seen) == len(missing[image.bag.id]):
+                    writing.append(writers.submit(_write_bag, folder, image.bag, missing[image.bag.id], seen))
+                    seen = []
+                progress.update()
+        for written in writing:
+            written.result()
     process.wait_for_everyone()
     return [replace(sample, images=(), slides=(), features=folder / name_in_store(sample.id)) for sample in samples]
 

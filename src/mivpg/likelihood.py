@@ -10,8 +10,7 @@ was written for the whole bag should become less likely than without as many of 
 # B bags, N images a bag, P patch tokens an image, D vision width, T text tokens
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
-from mivpg.captioning import GenerationOptions, caption_bags, check_batch_size
+from mivpg.captioning import GenerationOptions, caption_bags, check_batch_size, in_eval_mode
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import bootstrap_interval
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration, MivpgOutput
@@ -40,18 +39,6 @@ IMAGES_AT_ONCE = 512
 
 NUM_DRAWS = 16
 """Random choices of images to remove; all choices where there are no more."""
-
-
-@contextmanager
-def in_eval_mode(model: MivpgForConditionalGeneration) -> Iterator[None]:
-    """Without dropout and gradients; the model is left in the mode it was found in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def read_captions_back(

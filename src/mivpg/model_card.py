@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mivpg import __version__
 from mivpg.configuration_mivpg import PROMPTS_PER_IMAGE, MivpgConfig
 from mivpg.files import write_whole
+from mivpg.templating import make_environment
 
 CARD = "README.md"
 NOT_KNOWN = "not known"
@@ -73,7 +73,7 @@ def write_model_card(
         "tags": ["multiple-instance-learning", "arxiv:2406.02987"],
         "mivpg": None if training is None else asdict(training),
     }
-    card = _environment().get_template("model_card.md.jinja")
+    card = make_environment(is_html=False).get_template("model_card.md.jinja")
     text = card.render(
         head=yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False, allow_unicode=True),
         version=__version__,
@@ -96,7 +96,7 @@ def write_base_card(folder: Path, described: Mapping[str, Any]) -> None:
         folder: That of the model.
         described: What its `recipe.json` holds.
     """
-    write_whole(folder / CARD, _environment().get_template("base_card.md.jinja").render(**described))
+    write_whole(folder / CARD, make_environment(is_html=False).get_template("base_card.md.jinja").render(**described))
 
 
 def read_training(folder: Path) -> Training | None:
@@ -169,14 +169,3 @@ def _beaten_on(training: Training) -> dict[str, str]:
             if floor != MODEL and value >= training.scores[MODEL][metric]:
                 found[metric] = floor
     return found
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("mivpg"),
-        autoescape=False,  # it is Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )

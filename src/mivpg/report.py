@@ -21,13 +21,13 @@ from typing import Any, ClassVar
 import matplotlib
 import matplotlib.style
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from mivpg.files import write_whole
 from mivpg.images import open_image
+from mivpg.templating import make_environment
 from mivpg.versions import installed_versions
 
 THUMBNAIL_SIDE = 200
@@ -176,14 +176,7 @@ def write_report(path: Path, *, title: str, lead: str, parts: Sequence[Part]) ->
     Raises:
         BagError: A photo cannot be read.
     """
-    environment = Environment(
-        loader=PackageLoader("mivpg"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = make_environment(is_html=True)
     environment.filters |= {"thumbnail": thumbnail, "draw_chart": draw_chart, "data_uri": data_uri, "percent": percent}
     page = environment.get_template("report.html.jinja").render(title=title, lead=lead, parts=parts)
     write_whole(path, page.encode(errors="replace"))  # half a surrogate pair, which JSON can hold, has no UTF-8
@@ -260,6 +253,11 @@ def thumbnail(path: Path) -> bytes:
     """
     image = open_image(path)
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    return as_jpeg(image)
+
+
+def as_jpeg(image: Image.Image) -> bytes:
+    """A small file of it."""
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=85, comment=b"")  # Pillow would copy the comment of a JPEG
     return jpeg.getvalue()

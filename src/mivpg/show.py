@@ -12,7 +12,6 @@ out/heat_map.png             of a slide; top_tiles.png: the tiles looked at most
 
 # L blocks with cross-attention, A attention heads, R queries, N images, P patch tokens an image, W words
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.colors import to_hex
 from PIL import Image
 from safetensors.numpy import save
@@ -37,7 +35,7 @@ from mivpg.files import write_whole
 from mivpg.likelihood import Removal, embed_images, remove_images
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.processing_mivpg import MivpgProcessor
-from mivpg.report import data_uri, percent
+from mivpg.report import as_jpeg, data_uri, percent
 from mivpg.slide_maps import (
     SlideTiles,
     as_geojson,
@@ -48,6 +46,7 @@ from mivpg.slide_maps import (
     top_tiles,
 )
 from mivpg.slides import TileOptions, find_tiles
+from mivpg.templating import make_environment
 from mivpg.visualization import MAX_PHOTOS, AttentionMaps, as_seen, attention_maps, patch_grids
 from mivpg.word_attention import WordWeights, word_weights
 
@@ -280,14 +279,7 @@ def page(shown: ShownBag, pictures: dict[str, bytes], *, model: str) -> str:
         pictures: Of `draw_pictures`.
         model: Its name.
     """
-    environment = Environment(
-        loader=PackageLoader("mivpg"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = make_environment(is_html=True)
     environment.filters |= {"data_uri": data_uri, "percent": percent}
     return environment.get_template("attention.html.jinja").render(
         shown=shown,
@@ -311,9 +303,7 @@ def _thumbnail(shown: ShownBag, index: int) -> bytes | None:
     else:
         return None
     photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    jpeg = io.BytesIO()
-    photo.save(jpeg, "JPEG", quality=85)
-    return jpeg.getvalue()
+    return as_jpeg(photo)
 
 
 def _word_rows(shown: ShownBag) -> list[dict[str, Any]]:

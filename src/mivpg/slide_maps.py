@@ -10,7 +10,6 @@ Tiles are known by their upper left corners in pixels of the slide's finest leve
 
 # N tiles
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from PIL import Image
 
 from mivpg.errors import MivpgError
 from mivpg.slides import Tile, draw_tiles, open_slide
-from mivpg.visualization import STYLE
+from mivpg.visualization import STYLE, as_png
 
 NUM_TOP = 8
 """Tiles that are shown by themselves, those looked at most."""
@@ -127,9 +126,7 @@ def draw_heat_map(tiles: SlideTiles, weights: Sequence[float], *, title: str) ->
         plain.set_title("the tiles looked at most, in this order")
         heat.set_title("what the visual prompts looked at")
         figure.suptitle(title, fontweight="bold")
-        png = io.BytesIO()
-        figure.savefig(png, dpi=100, metadata={"Software": None})
-    return png.getvalue()
+        return as_png(figure, dpi=100)
 
 
 def _square(tiles: SlideTiles, index: int) -> Rectangle:
@@ -177,9 +174,7 @@ def draw_top_tiles(tiles: SlideTiles, weights: Sequence[float]) -> bytes:
         for rank, (axes, index) in enumerate(zip(panels.flat, top, strict=False), start=1):
             axes.imshow(open_tile(tiles, index))
             axes.set_title(f"{rank}: {weights[index]:.2%}, {weights[index] * len(weights):.2g} × even")
-        png = io.BytesIO()
-        figure.savefig(png, dpi=100, metadata={"Software": None})
-    return png.getvalue()
+        return as_png(figure, dpi=100)
 
 
 def open_tile(tiles: SlideTiles, index: int) -> Image.Image:

@@ -30,6 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from mivpg.captioning import in_eval_mode
 from mivpg.errors import MivpgError
 from mivpg.layers import gather_real, scatter_real
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
@@ -112,7 +113,6 @@ def _pooling_shares(model: MivpgVisualPromptModel, images: Tensor) -> Tensor:
     return shares
 
 
-@torch.no_grad()
 def _look(
     model: MivpgVisualPromptModel, batch: Mapping[str, Tensor], *, keep: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
@@ -127,17 +127,16 @@ def _look(
 
     blocks = [layer for layer in model.qformer.encoder.layer if layer.has_cross_attention]
     hooks = [block.crossattention.attention.register_forward_hook(keep_look) for block in blocks]
-    implementation, was_training = model.qformer.config._attn_implementation, model.training
+    implementation = model.qformer.config._attn_implementation
     try:
-        model.eval()
-        model.qformer.set_attn_implementation("eager")  # no other gives the weights
-        image_embeds = inputs.get("image_embeds")
-        if image_embeds is None:
-            image_embeds = model.get_image_embeds(inputs["pixel_values"], inputs["image_mask"])
-        model.get_visual_prompts(image_embeds, inputs["image_mask"], inputs.get("image_coords"))
+        with in_eval_mode(model):
+            model.qformer.set_attn_implementation("eager")  # no other gives the weights
+            image_embeds = inputs.get("image_embeds")
+            if image_embeds is None:
+                image_embeds = model.get_image_embeds(inputs["pixel_values"], inputs["image_mask"])
+            model.get_visual_prompts(image_embeds, inputs["image_mask"], inputs.get("image_coords"))
     finally:
         model.qformer.set_attn_implementation(implementation)
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return image_embeds, looks
@@ -240,8 +239,13 @@ def draw_attention(
         _draw_heads(bottom, heads)
         figure.suptitle(title, fontweight="bold")
         figure.supxlabel("\n".join(lines), x=0.01, horizontalalignment="left")
-        png = io.BytesIO()
-        figure.savefig(png, dpi=120, metadata={"Software": None})
+        return as_png(figure, dpi=120)
+
+
+def as_png(figure: Figure, *, dpi: int) -> bytes:
+    """The same figure gives the same bytes."""
+    png = io.BytesIO()
+    figure.savefig(png, dpi=dpi, metadata={"Software": None})
     return png.getvalue()
 
 
