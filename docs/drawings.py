@@ -1,13 +1,14 @@
 """The drawings of the pages, as SVG: `python docs/drawings.py` writes them into docs/images.
 
-Each is 700 pixels wide on white, so that it can be read in a column of text, on a light page or a dark one.
+Each is on white, so that it can be read on a light page or a dark one, and narrow, so that a phone, whose column of
+text is about 360 pixels wide, shows its letters hardly smaller.
 """
 
 from html import escape
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH = 700
+WIDTH = 420
 
 INK, LINE = "#263238", "#546e7a"
 FILLS = {
@@ -30,7 +31,9 @@ class Drawing:
     def add(self, shape: str) -> None:
         self.shapes.append(shape)
 
-    def text(self, x: float, y: float, words: str, *, size: int = 13, anchor: str = "middle", weight: str = "") -> None:
+    def text(
+        self, x: float, y: float, words: str, *, size: float = 13.5, anchor: str = "middle", weight: str = ""
+    ) -> None:
         bold = f' font-weight="{weight}"' if weight else ""
         self.add(f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}"{bold}>{escape(words)}</text>')
 
@@ -46,7 +49,7 @@ class Drawing:
         self.rectangle(x, y, width, height, *FILLS[kind], radius=6)
         top = y + height / 2 + 5 - 8.5 * (len(lines) - 1)
         for number, line in enumerate(lines):
-            size, weight = (14, "bold") if number == 0 else (12, "")
+            size, weight = (15, "bold") if number == 0 else (13.5, "")
             self.text(x + width / 2, top + 17 * number, line, size=size, weight=weight)
 
     def path(self, points: str, fill: str = "none", stroke: str = LINE) -> None:
@@ -56,24 +59,22 @@ class Drawing:
         line = " ".join(f"{x},{y}" for x, y in points)
         self.add(f'<polyline points="{line}" fill="none" stroke="{LINE}" stroke-width="1.6" marker-end="url(#head)"/>')
 
-    def squares(self, x: float, y: float, colours: list[str], *, size: int = 18, gap: int = 4, down: bool = False):
-        """Squares in a row, or in a column."""
+    def squares(self, x: float, y: float, colours: list[str], *, size: int = 18, gap: int = 4) -> None:
+        """Squares in a row."""
         for number, colour in enumerate(colours):
-            step = number * (size + gap)
-            self.rectangle(x + (0 if down else step), y + (step if down else 0), size, size, colour)
+            self.rectangle(x + number * (size + gap), y, size, size, colour)
 
     def legend(self, y: float) -> None:
         names = {
             "frozen": "frozen",
             "trained": "BLIP-2's, trained",
-            "added": "what MIVPG adds, trained",
             "data": "data",
+            "added": "MIVPG's own, trained",
         }
-        x = 20.0
-        for kind, name in names.items():
-            self.rectangle(x, y - 11, 14, 14, *FILLS[kind], radius=3)
-            self.text(x + 20, y, name, size=12, anchor="start")
-            x += 50 + 7 * len(name)
+        for number, (kind, name) in enumerate(names.items()):
+            x, line = 20 + 200 * (number % 2), y + 22 * (number // 2)
+            self.rectangle(x, line - 12, 14, 14, *FILLS[kind], radius=3)
+            self.text(x + 22, line, name, anchor="start")
 
     def svg(self) -> str:
         head = (
@@ -90,214 +91,227 @@ class Drawing:
 
 def draw_bags() -> Drawing:
     """Figure 1: what a bag is."""
-    d = Drawing(270, "Two bags: four photos of a chair, and the tiles of a slide")
+    d = Drawing(488, "Two bags: four photos of a chair, and the tiles of a slide")
     wood, seat = "#d7b48a", "#c62828"
-    d.text(160, 24, "a product's photos", size=15, weight="bold")
-    for x, name in ((20, "front"), (92, "side"), (164, "back"), (236, "underside")):
-        d.rectangle(x, 44, 66, 80, "#fafafa")
-        d.text(x + 33, 142, name, size=12)
-    for x, back in ((20, seat), (164, "#1e88e5")):  # the back is blue, which the front does not show
-        d.rectangle(x + 20, 54, 26, 32, back)
-        d.rectangle(x + 16, 86, 34, 7, seat)
-        for leg in (18, 44):
-            d.rectangle(x + leg, 93, 4, 22, wood)
-    d.rectangle(108, 54, 6, 32, "#1e88e5")
-    d.rectangle(108, 86, 34, 7, seat)
-    for leg in (108, 138):
-        d.rectangle(leg, 93, 4, 22, wood)
-    d.rectangle(248, 62, 42, 42, wood)
-    for x, y in ((251, 65), (281, 65), (251, 95), (281, 95)):
-        d.rectangle(x, y, 6, 6, "#8d6e63")
-    d.arrow((160, 152), (160, 184))
-    d.text(160, 204, "“a red chair with a blue back”")
-    d.text(160, 232, "N images of P = 257 tokens each;", size=12)
-    d.text(160, 249, "pooled to N instances", size=12)
+    d.text(210, 24, "a product's photos", size=16, weight="bold")
+    left = dict(zip(("front", "side", "back", "underside"), (18, 118, 218, 318), strict=True))
+    for name, x in left.items():
+        d.rectangle(x, 40, 84, 84, "#fafafa")
+        d.text(x + 42, 142, name)
+    for x, back in ((left["front"], seat), (left["back"], "#1e88e5")):  # blue, which the front does not show
+        d.rectangle(x + 29, 52, 26, 32, back)
+        d.rectangle(x + 25, 84, 34, 7, seat)
+        for leg in (27, 53):
+            d.rectangle(x + leg, 91, 4, 22, wood)
+    x = left["side"]
+    d.rectangle(x + 25, 52, 6, 32, "#1e88e5")
+    d.rectangle(x + 25, 84, 34, 7, seat)
+    for leg in (25, 55):
+        d.rectangle(x + leg, 91, 4, 22, wood)
+    x = left["underside"]
+    d.rectangle(x + 21, 61, 42, 42, wood)
+    for foot, y in ((24, 64), (54, 64), (24, 94), (54, 94)):
+        d.rectangle(x + foot, y, 6, 6, "#8d6e63")
+    d.arrow((210, 152), (210, 178))
+    d.text(210, 200, "“a red chair with a blue back”", size=15)
+    d.text(210, 226, "N images of P = 257 tokens each, pooled to N instances")
 
-    d.text(540, 24, "a slide's tiles", size=15, weight="bold")
-    d.rectangle(400, 44, 280, 100, "#fafafa")
-    d.path("M425,100 C430,60 500,50 540,68 C580,50 655,62 655,98 C650,135 560,125 530,132 C480,138 428,135 425,100 z",
-           "#f3c6dc", "#ad6a8d")  # fmt: skip
-    tiles = {3: range(4, 10), 4: range(1, 11), 5: range(1, 11), 6: range(2, 9)}
+    d.text(210, 274, "a slide's tiles", size=16, weight="bold")
+    d.rectangle(70, 290, 280, 100, "#fafafa")
+    tissue = (
+        "M95,346 C100,306 170,296 210,314 C250,296 325,308 325,344 C320,381 230,371 200,378 C150,384 98,381 95,346 z"
+    )
+    d.path(tissue, "#f3c6dc", "#ad6a8d")
+    tiles = {3: range(4, 10), 4: range(1, 10), 5: range(1, 10), 6: range(2, 9)}
     for row, columns in tiles.items():
         for column in columns:
-            d.rectangle(420 + 22 * column, 66 + 18 * (row - 3), 20, 16, "none", "#6a1b4d")
-    d.arrow((540, 152), (540, 184))
-    d.text(540, 204, "“moderately differentiated adenocarcinoma”")
-    d.text(540, 232, "N images (up to 1,860), one CLS token each;", size=12)
-    d.text(540, 249, "N instances", size=12)
+            d.rectangle(90 + 22 * column, 312 + 18 * (row - 3), 20, 16, "none", "#6a1b4d")
+    d.arrow((210, 398), (210, 424))
+    d.text(210, 446, "“moderately differentiated adenocarcinoma”", size=15)
+    d.text(210, 472, "N images (up to 1,860), one CLS token each: N instances")
     return d
 
 
 def draw_model() -> Drawing:
     """Figure 2c: from images to the caption."""
-    d = Drawing(350, "From a bag of images through MIVPG to a caption")
+    d = Drawing(480, "From a bag of images through MIVPG to a caption")
     for shift in (12, 6, 0):
-        d.rectangle(20 + shift, 72 - shift, 78, 56, "#ffffff")
-    d.text(59, 98, "images", size=14, weight="bold")
-    d.text(62, 150, "(B, N, 3, h, w)", size=12)
-    d.arrow((112, 100), (146, 100))
-    d.box(148, 72, 118, 56, "vision model", "ViT", kind="frozen")
-    d.arrow((268, 100), (330, 100))
-    d.text(300, 150, "image_embeds", size=12)
-    d.text(300, 166, "(B, N, P, D)", size=12)
-    d.box(332, 72, 118, 56, "patch pooling", "AB-MIL, Eq. 4", kind="added")
-    d.arrow((452, 100), (536, 100))
-    d.text(494, 150, "instances", size=12)
-    d.text(494, 166, "(B, M, D)", size=12)
-    d.box(538, 72, 142, 56, "MIVPG", "Q-Former + CSA, PPEG", kind="trained")
-    d.box(538, 12, 142, 32, "R query tokens", kind="trained")
-    d.arrow((609, 46), (609, 70))
-    d.arrow((640, 130), (640, 190), (85, 190), (85, 218))
-    d.text(420, 207, "what the R queries have read (B, R, H)", size=12)
-    d.box(20, 220, 130, 56, "projection", "linear, H → E", kind="trained")
-    d.arrow((152, 248), (186, 248))
-    d.squares(190, 238, [FILLS["trained"][0]] * 6, size=20)
-    d.text(262, 232, "visual prompts", size=12)
-    d.text(262, 278, "R vectors (B, R, E)", size=12)
-    d.squares(346, 238, ["#ffffff"] * 4, size=20)
-    d.text(392, 232, "prompt text", size=12)
-    d.text(394, 278, "“a photo of”", size=12)
-    d.arrow((446, 248), (474, 248))
-    d.box(476, 220, 126, 56, "language model", "OPT, T5, Llama …", kind="frozen")
-    d.arrow((604, 248), (628, 248))
-    d.text(663, 244, "caption", size=14, weight="bold")
-    d.text(663, 262, "“a chair …”", size=12)
-    d.legend(328)
+        d.rectangle(30 + shift, 16 + shift, 84, 44, "#ffffff")
+    d.text(72, 43, "images", size=15, weight="bold")
+    d.text(200, 36, "(B, N, 3, h, w)")
+    d.arrow((130, 46), (258, 46))
+    d.box(260, 16, 150, 60, "vision model", "ViT", kind="frozen")
+    d.arrow((335, 78), (335, 152))
+    d.text(325, 110, "image_embeds", anchor="end")
+    d.text(325, 128, "(B, N, P, D)", anchor="end")
+    d.box(260, 154, 150, 60, "patch pooling", "AB-MIL, Eq. 4", kind="added")
+    d.arrow((258, 184), (168, 184))
+    d.text(213, 176, "instances")
+    d.text(213, 202, "(B, M, D)")
+    d.box(10, 94, 156, 34, "R query tokens", kind="trained")
+    d.arrow((88, 130), (88, 152))
+    d.box(10, 154, 156, 60, "MIVPG", "Q-Former + CSA, PPEG", kind="trained")
+    d.arrow((88, 216), (88, 272))
+    d.text(98, 240, "what the R queries have read", anchor="start")
+    d.text(98, 258, "(B, R, H)", anchor="start")
+    d.box(10, 274, 140, 60, "projection", "linear, H → E", kind="trained")
+    d.arrow((152, 304), (182, 304))
+    d.squares(186, 295, [FILLS["trained"][0]] * 6)
+    d.text(251, 286, "visual prompts")
+    d.text(251, 332, "(B, R, E)")
+    d.squares(328, 295, ["#ffffff"] * 4)
+    d.text(370, 286, "prompt text")
+    d.text(370, 332, "“a photo of”")
+    d.arrow((315, 318), (315, 352))
+    d.box(240, 354, 170, 60, "language model", "OPT, T5, Llama …", kind="frozen")
+    d.arrow((238, 384), (150, 384))
+    d.text(96, 380, "caption", size=15, weight="bold")
+    d.text(96, 400, "“a chair …”")
+    d.legend(446)
     return d
 
 
 def draw_block() -> Drawing:
     """Figures 2a and 7: one block of MIVPG, and where such blocks stand."""
-    d = Drawing(500, "A block of MIVPG and the stack of twelve blocks")
-    d.text(230, 22, "a block with cross-attention", size=15, weight="bold")
-    d.text(120, 50, "instances x (B, M, D)")
-    d.text(350, 50, "queries q of the block before (B, R, H)")
-    d.arrow((120, 58), (120, 88))
-    d.box(30, 90, 180, 50, "PPEG", "x ← x + PPEG(x)", kind="added")
-    d.arrow((120, 142), (120, 178))
-    d.box(30, 180, 180, 66, "CSA (Eq. 9)", "Q = x,  K = V = q", "x ← x + W_o Attention", kind="added")
-    d.arrow((350, 58), (350, 168))
-    d.arrow((350, 110), (240, 110), (240, 213), (212, 213))
-    d.box(260, 170, 180, 50, "self-attention", "among the queries", kind="trained")
-    d.arrow((350, 222), (350, 268))
-    d.box(260, 270, 180, 66, "cross-attention", "Q = q,  K = V = x", "Eq. 6", kind="trained")
-    d.arrow((120, 248), (120, 303), (258, 303))
-    d.arrow((350, 338), (350, 368))
-    d.box(260, 370, 180, 44, "feed-forward", kind="trained")
-    d.arrow((120, 303), (120, 440))
-    d.arrow((350, 416), (350, 440))
-    d.text(120, 458, "x for the next block", size=12)
-    d.text(350, 458, "q for the next block", size=12)
+    d = Drawing(660, "A block of MIVPG and the stack of twelve blocks")
+    d.text(210, 22, "a block with cross-attention", size=16, weight="bold")
+    d.text(105, 50, "instances x")
+    d.text(105, 68, "(B, M, D)")
+    d.text(315, 50, "queries q of the")
+    d.text(315, 68, "block before (B, R, H)")
+    d.arrow((105, 76), (105, 104))
+    d.box(15, 106, 180, 54, "PPEG", "x ← x + PPEG(x)", kind="added")
+    d.arrow((105, 162), (105, 192))
+    d.box(15, 194, 180, 72, "CSA (Eq. 9)", "Q = x,  K = V = q", "x ← x + W_o Attention", kind="added")
+    d.arrow((315, 76), (315, 182))
+    d.arrow((315, 124), (212, 124), (212, 230), (197, 230))
+    d.box(227, 184, 180, 54, "self-attention", "among the queries", kind="trained")
+    d.arrow((315, 240), (315, 288))
+    d.box(227, 290, 180, 72, "cross-attention", "Q = q,  K = V = x", "Eq. 6", kind="trained")
+    d.arrow((105, 268), (105, 326), (225, 326))
+    d.arrow((315, 364), (315, 390))
+    d.box(227, 392, 180, 44, "feed-forward", kind="trained")
+    d.arrow((105, 326), (105, 462))
+    d.arrow((315, 438), (315, 462))
+    d.text(105, 480, "x for the next block")
+    d.text(315, 480, "q for the next block")
 
-    d.text(590, 22, "the stack", size=15, weight="bold")
-    d.text(590, 50, "R = 32 query tokens")
-    d.arrow((590, 56), (590, 70))
+    d.text(210, 524, "the stack: R = 32 queries through twelve blocks", size=15, weight="bold")
+    d.text(10, 550, "even blocks read instances, odd ones see queries alone", anchor="start")
     for number in range(12):
-        with_cross = number % 2 == 0
-        y = 72 + 29 * number
-        d.rectangle(505, y, 170, 24, *FILLS["trained"], radius=5)
-        d.text(590, y + 16, f"{number}   " + ("reads instances" if with_cross else "queries alone"), size=12)
-    d.arrow((590, 418), (590, 440))
-    d.text(590, 458, "to the language projection", size=12)
-    d.legend(488)
+        x = 10 + 34 * number
+        d.rectangle(x, 576, 26, 26, *FILLS["trained"], radius=4)
+        d.text(x + 13, 594, str(number))
+        if number % 2 == 0:
+            d.arrow((x + 13, 556), (x + 13, 575))
+        if number < 11:
+            d.path(f"M{x + 26},589 h8")
+    d.legend(626)
     return d
 
 
 def draw_pooling() -> Drawing:
     """Figure 2b: weighted pooling, and what a query makes of it."""
-    d = Drawing(300, "AB-MIL has one row of weights, cross-attention one for every query and head")
+    d = Drawing(530, "AB-MIL has one row of weights, cross-attention one for every query and head")
     colours = list(COLOURS)
     alphas = (0.08, 0.30, 0.12, 0.06, 0.34, 0.10)
-    d.text(170, 24, "AB-MIL: one row of weights", size=15, weight="bold")
-    d.text(515, 24, "cross-attention: a row for each query", size=15, weight="bold")
-    for left in (40, 390):
-        d.squares(left, 46, colours, size=26, gap=14)
-        d.text(left - 10, 64, "x", size=14, anchor="end")
+    left, pitch = 80, 40
+
+    d.text(210, 24, "AB-MIL: one row of weights", size=16, weight="bold")
+    d.text(left - 12, 62, "x", size=15, anchor="end")
+    d.squares(left, 44, colours, size=26, gap=pitch - 26)
     for number, alpha in enumerate(alphas):
-        d.rectangle(40 + 40 * number, 140 - 150 * alpha, 26, 150 * alpha, "#b0bec5")
-        d.text(53 + 40 * number, 156, f"{alpha:.2f}".lstrip("0"), size=12)
-    d.text(30, 120, "α", size=14, anchor="end")
-    d.arrow((155, 166), (155, 198))
-    d.box(95, 200, 120, 36, "z = Σ α x", kind="added")
-    d.text(155, 262, "one vector an image (Eq. 3, 4)", size=12)
+        d.rectangle(left + pitch * number, 138 - 150 * alpha, 26, 150 * alpha, "#b0bec5")
+        d.text(left + 13 + pitch * number, 155, f"{alpha:.2f}".lstrip("0"))
+    d.text(left - 12, 120, "α", size=15, anchor="end")
+    d.arrow((left + 113, 164), (left + 113, 188))
+    d.box(left + 53, 190, 120, 36, "z = Σ α x", kind="added")
+    d.text(210, 250, "one vector an image (Eq. 3, 4)")
+
+    d.text(210, 300, "cross-attention: a row for each query", size=16, weight="bold")
+    d.text(left - 12, 338, "x", size=15, anchor="end")
+    d.squares(left, 320, colours, size=26, gap=pitch - 26)
     rows = ((0.05, 0.5, 0.1, 0.1, 0.2, 0.05), (0.3, 0.1, 0.05, 0.05, 0.4, 0.1), (0.1, 0.1, 0.4, 0.25, 0.05, 0.1))
     for row, weights in enumerate(rows):
-        y = 90 + 30 * row
+        y = 364 + 32 * row
         for number, weight in enumerate(weights):
             grey = round(255 - 330 * weight)
-            d.rectangle(390 + 40 * number, y, 26, 22, f"#{grey:02x}{grey:02x}ff")
-        d.text(380, y + 16, f"q{'₁₂₃'[row]}", size=14, anchor="end")
-        d.box(648, y, 36, 22, f"z{'₁₂₃'[row]}", kind="trained")
-        d.arrow((624, y + 11), (646, y + 11))
-    d.text(515, 206, "every row sums to one", size=12)
-    d.text(515, 240, "R vectors a bag, in each of A heads (Eq. 6)", size=12)
-    d.text(515, 262, "a multi-head multiple-instance pooling", size=12)
+            d.rectangle(left + pitch * number, y, 26, 24, f"#{grey:02x}{grey:02x}ff")
+        d.text(left - 12, y + 17, f"q{'₁₂₃'[row]}", size=15, anchor="end")
+        d.arrow((left + 232, y + 12), (left + 254, y + 12))
+        d.box(left + 256, y, 40, 24, f"z{'₁₂₃'[row]}", kind="trained")
+    d.text(210, 484, "every row sums to one")
+    d.text(210, 504, "R vectors a bag, in each of A heads (Eq. 6):")
+    d.text(210, 522, "a multi-head multiple-instance pooling")
     return d
 
 
 def draw_scenarios() -> Drawing:
     """Figure 3 as we read it: bags of patches, bags of images, and one path for all."""
-    d = Drawing(370, "Three kinds of bags go one way to 32 visual prompts")
-    for x, name in ((75, "images"), (225, "tokens of the vision model"), (425, "instances"), (610, "to 32 prompts")):
-        d.text(x, 24, name, size=14, weight="bold")
+    d = Drawing(494, "Three kinds of bags go one way to 32 visual prompts")
+    for x, name in ((42, "images"), (148, "tokens"), (282, "instances"), (376, "prompts")):
+        d.text(x, 24, name, size=15, weight="bold")
     rows = (
-        ("one picture", 1, "N = 1, P = 257", "every token: M = P", "none", "PPEG, no CSA"),
-        ("tiles of a slide", 4, "N ≤ 1,860, CLS alone", "one a tile: M = N", "cls", "CSA"),
-        ("several photos", 3, "N = 2 … 21, P = 257", "one a photo: M = N", "abmil", "CSA, no PPEG"),
+        ("one picture", 1, "N = 1, P = 257", "every token an instance, M = P", "none", "PPEG, no CSA"),
+        ("tiles of a slide", 4, "N ≤ 1,860, CLS alone", "one instance a tile, M = N", "cls", "CSA"),
+        ("several photos", 3, "N = 2 … 21, P = 257", "one instance a photo, M = N", "abmil", "CSA, no PPEG"),
     )
     for number, (name, images, tokens, instances, pooling, options) in enumerate(rows):
-        y = 44 + 98 * number
-        d.rectangle(10, y, 680, 88, "#fafafa", "#cfd8dc", radius=8)
+        y = 40 + 136 * number
+        d.rectangle(6, y, 408, 126, "#fafafa", "#cfd8dc", radius=8)
         for image in range(images):
-            d.rectangle(44 + 12 * image, y + 14 + 4 * image, 26, 26, COLOURS[image])
-        d.text(75, y + 74, name, size=12)
-        d.arrow((124, y + 36), (150, y + 36))
+            d.rectangle(14 + 10 * image, y + 14 + 6 * image, 26, 26, COLOURS[image])
+        d.arrow((76, y + 36), (93, y + 36))
         if pooling == "cls":
-            d.squares(190, y + 26, list(COLOURS[:4]), size=14)
+            d.squares(112, y + 28, list(COLOURS[:4]), size=15)
         else:
             for image in range(images):
-                left = 205 - 22 * (images - 1) + 46 * image
+                left = 132.5 - 18 * (images - 1) + 36 * image
                 for row in range(3):
-                    d.squares(left, y + 14 + 14 * row, [COLOURS[image]] * 3, size=12, gap=2)
-        d.text(225, y + 74, tokens, size=12)
-        d.arrow((302, y + 36), (352, y + 36))
-        d.text(327, y + 28, pooling, size=12)
+                    d.squares(left, y + 20 + 11 * row, [COLOURS[image]] * 3, size=9, gap=2)
+        d.arrow((204, y + 36), (238, y + 36))
+        d.text(219, y + 28, pooling)
         if pooling == "none":
-            d.squares(359, y + 30, [COLOURS[0]] * 9, size=12, gap=3)
+            d.squares(242, y + 32, [COLOURS[0]] * 9, size=7, gap=2)
         else:
-            d.squares(425 - 11 * images, y + 27, list(COLOURS[:images]))
-        d.text(425, y + 74, instances, size=12)
-        d.arrow((500, y + 36), (540, y + 36))
-        d.box(542, y + 14, 136, 44, "MIVPG", options, kind="trained")
-        d.text(610, y + 74, "32 visual prompts", size=12)
-    d.text(350, 356, "One path with three settings: patch_pooling, instance_correlation, position_encoding", size=12)
+            d.squares(284 - 11 * images, y + 27, list(COLOURS[:images]))
+        d.arrow((328, y + 36), (344, y + 36))
+        d.box(346, y + 18, 60, 36, "MIVPG", kind="trained")
+        d.text(16, y + 92, name, anchor="start", size=14, weight="bold")
+        d.text(404, y + 92, tokens, anchor="end")
+        d.text(16, y + 114, instances, anchor="start")
+        d.text(404, y + 114, options, anchor="end")
+    d.text(210, 466, "One path with three settings: patch_pooling,")
+    d.text(210, 484, "instance_correlation, position_encoding")
     return d
 
 
 def draw_permutations() -> Drawing:
     """What moves when instances or queries change places."""
-    d = Drawing(310, "Instances change places: prompts stay. Queries change places: prompts do, too.")
+    d = Drawing(370, "Instances change places: prompts stay. Queries change places: prompts do, too.")
     instances, queries = list(COLOURS[:4]), ["#90caf9", "#ffcc80", "#a5d6a7"]
     cases = (
-        (60, "as it was", instances, queries),
-        (280, "instances permuted", [instances[i] for i in (2, 0, 3, 1)], queries),
-        (500, "queries permuted", instances, [queries[i] for i in (1, 2, 0)]),
+        (70, ("as it was",), instances, queries, ("z₁ z₂ z₃",)),
+        (210, ("instances", "permuted"), [instances[i] for i in (2, 0, 3, 1)], queries, ("z₁ z₂ z₃:", "the same")),
+        (350, ("queries", "permuted"), instances, [queries[i] for i in (1, 2, 0)], ("z₂ z₃ z₁:", "likewise")),
     )
-    for x, name, of_case, asked in cases:
-        d.text(x + 70, 24, name, size=15, weight="bold")
-        d.text(x + 70, 52, "instances", size=12)
-        d.squares(x + 28, 60, of_case)
-        d.arrow((x + 70, 84), (x + 70, 110))
-        d.box(x + 16, 112, 108, 44, "Q-Former", kind="trained")
-        d.text(x - 18, 124, "queries", size=12)
-        d.squares(x - 32, 132, asked, size=12, gap=2)
-        d.arrow((x + 70, 158), (x + 70, 186))
-        d.squares(x + 40, 190, asked)
-        d.text(x + 70, 228, "visual prompts", size=12)
-    d.text(130, 262, "z₁ z₂ z₃")
-    d.text(350, 262, "z₁ z₂ z₃: the same")
-    d.text(570, 262, "z₂ z₃ z₁: permuted likewise")
-    d.text(350, 292, "invariant in the instances, equivariant in the queries", size=14, weight="bold")
+    for x, names, of_case, asked, outcome in cases:
+        for line, name in enumerate(names):
+            d.text(x, 24 + 19 * line, name, size=16, weight="bold")
+        d.text(x, 70, "instances")
+        d.squares(x - 42, 78, of_case)
+        d.arrow((x, 102), (x, 126))
+        d.box(x - 62, 128, 124, 60, kind="trained")
+        d.text(x, 152, "Q-Former", size=15, weight="bold")
+        d.text(x - 54, 178, "queries", anchor="start")
+        d.squares(x + 8, 166, asked, size=14, gap=2)
+        d.arrow((x, 190), (x, 214))
+        d.squares(x - 31, 218, asked)
+        d.text(x, 258, "visual prompts")
+        for line, words in enumerate(outcome):
+            d.text(x, 286 + 18 * line, words)
+    d.text(210, 336, "invariant in the instances,", size=15, weight="bold")
+    d.text(210, 356, "equivariant in the queries", size=15, weight="bold")
     return d
 
 

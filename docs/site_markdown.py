@@ -20,7 +20,7 @@ class SitePreprocessor(Preprocessor):
     def run(self, lines: list[str]) -> list[str]:
         """A page's lines, and what becomes of them."""
         text = "\n".join(lines)
-        text = EQUATION.sub(lambda match: f"<div>{convert(match[1].strip(), display='block')}</div>", text)
+        text = EQUATION.sub(equation, text)
         text = INLINE_EQUATION.sub(lambda match: convert(match[1]), text)
         text = API_LINE.sub(lambda match: f"::: {module_of(match[2])}.{match[1]}", text)  # each name in full
         return text.replace("](../", f"]({CODE}/").split("\n")
@@ -30,6 +30,11 @@ class SiteExtension(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         """Before fenced code, which has 25, and raw HTML."""
         md.preprocessors.register(SitePreprocessor(md), "site", 30)
+
+
+def equation(match: re.Match[str]) -> str:
+    """One on a line of its own."""
+    return f'<div class="equation">{convert(match[1].strip(), display="block")}</div>'
 
 
 def module_of(path: str) -> str:

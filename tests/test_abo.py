@@ -312,8 +312,8 @@ def test_bad_captions_get_one_line(shop, name, content, says):
 def test_missing_files(shop, tmp_path):
     shop.add("B1", "aaa", "bbb")
     for name in ("c.json", "c.csv"):
-        assert shop.error(captions=tmp_path / name) == f"{tmp_path / name} does not exist."
-    assert shop.error(captions=tmp_path / "c.pkl") == f"{tmp_path / 'c.pkl'} cannot be read: No such file or directory."
+        assert shop.error(captions=tmp_path / name) == f"{tmp_path / name} does not exist, expected a text file."
+    assert shop.error(captions=tmp_path / "c.pkl") == f"{tmp_path / 'c.pkl'} does not exist, expected captions."
     (tmp_path / "images/metadata/images.csv.gz").unlink()
     with pytest.raises(MivpgError, match=r"images\.csv\.gz does not exist"):
         AboConfig(root=tmp_path).load()

@@ -1,10 +1,13 @@
 """What stands behind the page, against the package's own commands; what it refuses; and that it gives no file away."""
 
+import errno
 import html
 import http.client
 import importlib.util
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +20,7 @@ from math import isclose
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,11 +28,25 @@ from PIL import Image
 import mivpg
 from families import save_blip2
 from generated import contents
-from mivpg import MivpgError, MivpgForConditionalGeneration, MivpgProcessor, app, image_weights
-from mivpg.app import OpenedBag, caption_opened, generated_products, leave_out, open_files, open_pictures
+from mivpg import (
+    MivpgError,
+    MivpgForConditionalGeneration,
+    MivpgProcessor,
+    app,
+    app_answers,
+    app_bags,
+    app_hosts,
+    app_html,
+    image_weights,
+)
+from mivpg.app_answers import as_json, caption_opened, leave_out
+from mivpg.app_bags import OpenedBag, generated_products, open_files, open_pictures
 from mivpg.bags import Bag
 from mivpg.captioning import caption_bags
+from mivpg.layers import PyramidPositionEncoding, lattice_cells
 from mivpg.miniature import BASE_MODEL
+from mivpg.slide_maps import SlideTiles, draw_heat_map
+from mivpg.slides import Tile, TileOptions, find_tiles, open_slide
 from test_cli import mivpg as command
 from test_cli import one_line
 from test_images import png_of
@@ -95,6 +113,17 @@ def log_likelihood(loaded: Loaded, paths: list[Path], prompt: str, caption: str)
     return sum(found), len(found)
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """For tests of what is said: pictures take most of the time."""
+    draw_nothing(monkeypatch)
+
+
+def draw_nothing(monkeypatch) -> None:
+    for draw in ("draw_attention", "draw_heat_map"):
+        monkeypatch.setattr(app_answers, draw, lambda *args, **kwargs: b"")
+
+
 # ── Captions, weights and what is left without a photo ──────────────────────────────────────────────────────────────
 
 
@@ -102,13 +131,13 @@ def test_caption_beams_and_weights_are_those_of_the_commands(loaded, photos):
     model, processor = loaded
     result = caption_opened(*loaded, opened_from(loaded, photos), prompt="a photo of", num_beams=4)
     bag = bag_of(photos, "a photo of")
-    assert [result.caption] == caption_bags(*loaded, [bag], num_beams=4, max_new_tokens=app.MAX_NEW_TOKENS)
+    assert [result.caption] == caption_bags(*loaded, [bag], num_beams=4, max_new_tokens=app_answers.MAX_NEW_TOKENS)
     assert len(result.beams) == 4
     assert all(better.score >= worse.score for better, worse in pairwise(result.beams))
     for beam in result.beams:
         likely, number = log_likelihood(loaded, photos, "a photo of", beam.caption)
         assert isclose(beam.log_likelihood, likely, abs_tol=1e-3)
-        if number < app.MAX_NEW_TOKENS and processor.caption_end_token_id is not None:
+        if number < app_answers.MAX_NEW_TOKENS and processor.caption_end_token_id is not None:
             assert isclose(beam.score, likely / number, rel_tol=0.02, abs_tol=1e-3)
     expected = image_weights(model, processor(images=[[*map(str, photos)]]))[0].tolist()
     assert result.weights == pytest.approx(expected, abs=1e-5)
@@ -123,7 +152,7 @@ def test_another_prompt_another_caption(embedded, photos):
     )
     assert one.caption != other.caption
     assert [other.caption] == caption_bags(
-        *embedded, [bag_of(photos, "the underside")], num_beams=3, max_new_tokens=app.MAX_NEW_TOKENS
+        *embedded, [bag_of(photos, "the underside")], num_beams=3, max_new_tokens=app_answers.MAX_NEW_TOKENS
     )
 
 
@@ -134,7 +163,7 @@ def test_left_out_photos_are_gone(loaded, photos):
     assert comparison.left_out == (0, 2)
     assert comparison.rest.opened.names == tuple(path.name for path in others)
     assert [comparison.rest.caption] == caption_bags(
-        *loaded, [bag_of(others, "a photo of")], num_beams=3, max_new_tokens=app.MAX_NEW_TOKENS
+        *loaded, [bag_of(others, "a photo of")], num_beams=3, max_new_tokens=app_answers.MAX_NEW_TOKENS
     )
     for row, caption in zip(comparison.log_likelihoods, (whole.caption, comparison.rest.caption), strict=True):
         for found, paths in zip(row, (photos, others), strict=True):
@@ -142,8 +171,32 @@ def test_left_out_photos_are_gone(loaded, photos):
     assert sum(comparison.rest.weights or ()) == pytest.approx(1, abs=1e-5)
 
 
+def test_one_beam_is_greedy_search(loaded, photos, undrawn):
+    (beam,) = caption_opened(*loaded, opened_from(loaded, photos), prompt="a photo of", num_beams=1).beams
+    assert [beam.caption] == caption_bags(
+        *loaded, [bag_of(photos, "a photo of")], num_beams=1, max_new_tokens=app_answers.MAX_NEW_TOKENS
+    )
+    likely, number = log_likelihood(loaded, photos, "a photo of", beam.caption)
+    assert isclose(beam.log_likelihood, likely, abs_tol=1e-3)
+    if number < app_answers.MAX_NEW_TOKENS and loaded[1].caption_end_token_id is not None:
+        assert isclose(beam.score, likely / number, rel_tol=1e-3)
+
+
+def test_no_beam_is_refused(embedded, photos):
+    with pytest.raises(MivpgError, match=r"^num_beams is 0, expected at least 1\.$"):
+        caption_opened(*embedded, opened_from(embedded, photos), prompt="", num_beams=0)
+
+
+def test_photos_that_are_not_there_cannot_be_left_out(embedded, photos, undrawn):
+    whole = caption_opened(*embedded, opened_from(embedded, photos[:4]), prompt="", num_beams=2)
+    for wrong in (-1, 4, 99):
+        says = f"^photo {wrong + 1} is to be left out, and there are photos 1 to 4; choose"
+        with pytest.raises(MivpgError, match=says):
+            leave_out(*embedded, whole, [1, wrong])
+
+
 @pytest.mark.parametrize("all_of_them", [False, True])
-def test_something_has_to_be_left_out_and_something_to_stay(embedded, photos, all_of_them):
+def test_something_has_to_be_left_out_and_something_to_stay(embedded, photos, undrawn, all_of_them):
     whole = caption_opened(*embedded, opened_from(embedded, photos), prompt="", num_beams=2)
     number = len(photos) if all_of_them else 0
     with pytest.raises(MivpgError, match=rf"^{number} of {len(photos)} photos are left out, expected at least one"):
@@ -153,15 +206,15 @@ def test_something_has_to_be_left_out_and_something_to_stay(embedded, photos, al
 def test_json_says_what_the_page_shows(embedded, photos):
     whole = caption_opened(*embedded, opened_from(embedded, photos), prompt="a photo of", num_beams=3)
     comparison = leave_out(*embedded, whole, [1])
-    values = json.loads(app.as_json(whole, comparison, model="a model"))
+    values = json.loads(as_json(whole, comparison, model="a model"))
     assert (values["model"], values["prompt"], values["caption"]) == ("a model", "a photo of", whole.caption)
     assert [beam["caption"] for beam in values["beams"]] == [beam.caption for beam in whole.beams]
     assert [photo["name"] for photo in values["photos"]] == [path.name for path in photos]
     assert sum(photo["weight"] for photo in values["photos"]) == pytest.approx(1, abs=1e-5)
     assert values["left_out"]["photos"] == [photos[1].name]
     assert values["left_out"]["the_others"]["caption"] == comparison.rest.caption
-    assert html.unescape(app.show_json(app.as_json(whole, model="a model"))).count('"caption"') == 4
-    shown = app.show_comparison(comparison)
+    assert html.unescape(app_html.show_json(as_json(whole, model="a model"))).count('"caption"') == 4
+    shown = app_html.show_comparison(comparison)
     for row in comparison.log_likelihoods:
         for value in row:
             assert f"{value:.2f}".replace("-", "−") in shown
@@ -172,8 +225,8 @@ def test_model_without_weights_captions_all_the_same(embedded, photos):
     result = caption_opened(model, embedded[1], opened_from(embedded, photos), prompt="", num_beams=2)
     assert (result.weights, result.attention) == (None, None)
     assert "'mean'" in result.note
-    assert html.unescape(app.show_attention(result)) == f"<p>{result.note}</p>"
-    assert "weight" not in app.show_photos(result.opened, result.weights)
+    assert html.unescape(app_html.show_attention(result)) == f"<p>{result.note}</p>"
+    assert "weight" not in app_html.show_photos(result.opened, result.weights)
 
 
 def test_generated_products_are_always_the_same():
@@ -185,15 +238,123 @@ def test_generated_products_are_always_the_same():
 
 
 @needs_slide
-def test_slide_is_a_bag_of_its_tiles(embedded, tmp_path, monkeypatch):
-    monkeypatch.setattr(app, "MAX_TILES", 6)  # of 40
+def test_slide_is_a_bag_of_its_tiles(embedded, monkeypatch):
+    model, processor = embedded
+    monkeypatch.setattr(app_bags, "MAX_TILES", 6)  # of 40
     opened, refused = open_files(*embedded, [SLIDE], max_files=1)
     assert refused == []
-    assert opened is not None
-    assert len(opened.names) == len(opened.bag.image_embeds) == len(opened.bag.image_coords) == 6
-    assert opened.names[3] == f"tile at {opened.bag.image_coords[3, 0]:.0f}, {opened.bag.image_coords[3, 1]:.0f}"
+    assert opened is not None and opened.tiles is not None
+    found = find_tiles(SLIDE, TileOptions())
+    chosen = [found[index] for index in (0, 6, 13, 20, 26, 33)]
+    corners = [(tile.x, tile.y) for tile in chosen]
+    assert opened.bag.image_coords is not None
+    assert opened.bag.image_coords[:, :2].tolist() == [list(map(float, corner)) for corner in corners]
+    assert opened.names == tuple(f"tile at {x}, {y}" for x, y in corners)
+    assert opened.taken == "6 of 40 tiles with tissue were read: evenly spaced over the slide."
+    assert opened.taken in app_html.show_photos(opened)
+
     result = caption_opened(*embedded, opened, prompt="a photo of", num_beams=2)
-    assert len(leave_out(*embedded, result, [0]).rest.opened.bag.image_coords) == 5
+    batch = processor(images=[[tile.open() for tile in chosen]])
+    weights = image_weights(model, batch)[0].tolist()
+    assert result.weights == pytest.approx(weights, abs=1e-5)
+    tiles = SlideTiles(corners=np.array(corners, dtype=float), span=chosen[0].span, slide=SLIDE)
+    assert result.heat_map == draw_heat_map(tiles, result.weights, title="6 tiles")
+    assert app_html.show_attention(result).count("<img") == 2
+    assert json.loads(as_json(result, model="x"))["tiles"] == {"taken": opened.taken, "span": chosen[0].span}
+
+    draw_nothing(monkeypatch)
+    comparison = leave_out(*embedded, result, [0])
+    rest = comparison.rest.opened
+    assert rest.tiles is not None
+    assert rest.tiles.corners.tolist() == rest.bag.image_coords[:, :2].tolist() == opened.tiles.corners[1:].tolist()
+    assert "Without tile 1 " in app_html.show_comparison(comparison)
+
+
+@needs_slide
+def test_slide_that_is_gone_is_said_by_its_name(embedded, tmp_path, monkeypatch):
+    """Uploads are deleted after an hour."""
+    monkeypatch.setattr(app_bags, "MAX_TILES", 2)
+    monkeypatch.setattr(app_answers, "draw_attention", lambda *args, **kwargs: b"")
+    slide = tmp_path / "case.svs"
+    shutil.copyfile(SLIDE, slide)
+    opened = opened_from(embedded, [slide])
+    slide.unlink()
+    open_slide.cache_clear()
+    result = caption_opened(*embedded, opened, prompt="", num_beams=2)
+    assert result.caption
+    assert result.heat_map is None
+    assert result.note.startswith("case.svs does not exist")
+
+
+@pytest.fixture(scope="module")
+def with_ppeg(embedded) -> Loaded:
+    """A model that reads where images lie."""
+    options = {"patch_pooling": "abmil", "position_encoding": "ppeg"}
+    return MivpgForConditionalGeneration.from_pretrained(BASE_MODEL, **options), embedded[1]
+
+
+@needs_slide
+def test_model_that_reads_places_gets_tiles_side_by_side(with_ppeg, undrawn, monkeypatch):
+    monkeypatch.setattr(app_bags, "MAX_TILES", 9)  # of 40
+    opened = opened_from(with_ppeg, [SLIDE])
+    assert opened.bag.image_coords is not None
+    assert len(opened.names) == 9
+    assert lattice_cells(opened.bag.image_coords).tolist() == [[row, column] for row in range(3) for column in range(3)]
+    assert opened.taken.startswith("9 of 40 tiles with tissue were read: the square with the most tissue, since")
+    result = caption_opened(*with_ppeg, opened, prompt="", num_beams=2)
+    rest = leave_out(*with_ppeg, result, [1, 4, 7]).rest.opened.bag
+    assert rest.image_coords is not None
+    assert lattice_cells(rest.image_coords).tolist() == [[row, column] for row in range(3) for column in (0, 2)]
+
+
+def test_densest_square_is_found_among_all(monkeypatch):
+    monkeypatch.setattr(app_bags, "MAX_TILES", 16)
+    draw = random.Random(0)
+    span = 512.4
+    for number in (1, 5, 60, 120):
+        cells = draw.sample([(row, column) for row in range(14) for column in range(11)], number)
+        tiles = [
+            Tile(slide=Path("x"), x=round(column * span), y=round(row * span), span=span, size=256)
+            for row, column in sorted(cells)
+        ]
+        found = app_bags.densest_square(tiles)
+        for places in ([tile.x for tile in found], [tile.y for tile in found]):
+            assert round((max(places) - min(places)) / span) < 4
+        most = max(
+            sum(top <= row < top + 4 and left <= column < left + 4 for row, column in cells)
+            for top in range(14)
+            for left in range(11)
+        )
+        assert len(found) == most
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"),
+    [
+        ({"patch_pooling": "abmil"}, False),
+        ({"patch_pooling": "abmil", "position_encoding": "ppeg"}, True),
+        ({"patch_pooling": "none", "position_encoding": "ppeg"}, False),  # places within each image
+        ({"patch_pooling": "mean", "aggregator": "transmil"}, True),
+    ],
+    ids=["no ppeg", "images", "patches", "transmil"],
+)
+def test_which_models_read_places(embedded, options, reads):
+    """By what they answer when images change places, the kernels drawn."""
+    model = MivpgForConditionalGeneration.from_pretrained(BASE_MODEL, **options).eval()
+    torch.manual_seed(0)
+    for part in model.modules():
+        if isinstance(part, PyramidPositionEncoding):
+            for parameter in part.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+    embeds = torch.randn(1, 4, 37, model.config.image_embeds_size)
+    square, others = ([[0, 0], [1, 0], [0, 1], [1, 1]], [[0, 0], [1, 1], [5, 0], [3, 7]])
+    with torch.no_grad():
+        one, other = (
+            model.get_visual_prompts(embeds, image_coords=None if places is None else torch.tensor([places]).float())
+            for places in (square, others)
+        )
+    assert torch.allclose(one.embeds, other.embeds) != reads
+    assert app_bags.reads_places(model) == reads
 
 
 # ── What is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,13 +446,14 @@ def test_names_and_captions_are_text_not_markup(embedded, photos):
     comparison = leave_out(*embedded, result, [0])
     comparison = replace(comparison, rest=replace(comparison.rest, beams=beams))
     for shown in (
-        app.show_photos(opened, result.weights),
-        app.show_caption(result),
-        app.show_beams(result),
-        app.show_attention(replace(result, attention=None)),
-        app.show_comparison(comparison),
-        app.show_json(app.as_json(result, model="</textarea><script>")),
-        app.show_refused([f"{name} is not a picture."]),
+        app_html.show_heading(name, max_files=1, max_file_mb=1),
+        app_html.show_photos(opened, result.weights),
+        app_html.show_caption(result),
+        app_html.show_beams(result),
+        app_html.show_attention(replace(result, attention=None)),
+        app_html.show_comparison(comparison),
+        app_html.show_json(as_json(result, model="</textarea><script>")),
+        app_html.show_refused([f"{name} is not a picture."]),
     ):
         assert "<script" not in shown
         assert "<img src=x" not in shown
@@ -424,10 +586,90 @@ def test_large_file_is_cut_off_while_it_arrives(served):
     assert b"maximum allowed size" in answer
 
 
+FOREIGN = (
+    "elsewhere.example",
+    "127.0.0.1.elsewhere.example",
+    "localhost.elsewhere.example:7860",
+    "10.0.0.1",
+    "[::2]",
+    "",
+)
+
+
 @needs_gradio
 def test_other_names_for_this_machine_are_refused(served):
     assert served.request("GET", "/", Host="localhost:7860")[0] == 200
-    assert served.request("GET", "/config", Host="elsewhere.example")[0] == 400
+    for name in FOREIGN:
+        for path in ("/", "/config", "/gradio_api/info"):
+            assert served.request("GET", path, Host=name)[0] == 400, name
+
+
+@needs_gradio
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost", "127.1"])
+def test_every_loopback_address_answers_to_its_own_names_alone(host):
+    import gradio
+
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with gradio.Blocks(analytics_enabled=False) as page:
+        pass
+    try:
+        served = Served(app.launch(page, host=host, port=None, max_file_mb=1))
+        port = served.host.rsplit(":", 1)[1]
+        assert served.request("GET", "/config")[0] == 200
+        for name in ("localhost", "LOCALHOST", "127.0.0.1", "127.0.0.2", "[::1]"):
+            assert served.request("GET", "/config", Host=f"{name}:{port}")[0] == 200, name
+        for name in FOREIGN:
+            assert served.request("GET", "/config", Host=name)[0] == 400, name
+    finally:
+        page.close(verbose=False)
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "says"),
+    [
+        ("192.0.2.1", None, "192.0.2.1: Cannot assign requested address"),  # of no machine (RFC 5737)
+        ("a..b", None, "'a..b': .*label"),
+        ("127.0.0.1", 0, "--port is 0, expected 1 to 65535"),
+        ("127.0.0.1", 70_000, "--port is 70000, expected 1 to 65535"),
+    ],
+)
+def test_address_that_cannot_be_had_says_why(host, port, says):
+    with pytest.raises(MivpgError, match=f"^{says}") as caught:
+        app_hosts.check_address(host, port)
+    assert "free" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EADDRINUSE, errno.EACCES])
+def test_port_that_is_taken_or_not_allowed_is_not_free(monkeypatch, number):
+    def refuse(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(app_hosts.socket, "create_server", refuse)
+    with pytest.raises(MivpgError, match=r"^127\.0\.0\.1: port 80 is not free there; choose another --port"):
+        app_hosts.check_address("127.0.0.1", 80)
+    with pytest.raises(MivpgError, match="no port from 7860 to 7959 is free there"):
+        app_hosts.check_address("127.0.0.1", None)
+
+
+@needs_gradio
+def test_another_failure_is_said_as_it_is(monkeypatch):
+    import gradio
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(gradio.Blocks, "launch", fail)
+    with pytest.raises(MivpgError, match=r"could not be served there: .*No space left on device"):
+        app.launch(gradio.Blocks(), host="127.0.0.1", port=None, max_file_mb=1)
 
 
 @needs_gradio

@@ -34,7 +34,7 @@ def test_every_field_arrives(tmp_path):
         },
         {"id": 7, "features": "7.npy", "images": None, "split": "all"},
     )
-    first, second = load_bag_file(path)
+    first, second = load_bag_file(path, root=Path("/"))
     assert first.id == "a"
     assert first.images == (tmp_path / "x/1.jpg", Path("/elsewhere/2.jpg"))
     assert first.image_coords == ((0.0, 1.5), (2.0, 3.0))
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_as_the_same_samples(tmp_path):
         Sample(id="c", images=(tmp_path / "3.jpg",), split="all"),
     ]
     write_bag_file(tmp_path / "bags" / "all.jsonl", samples)
-    read = load_bag_file(tmp_path / "bags" / "all.jsonl")
+    read = load_bag_file(tmp_path / "bags" / "all.jsonl", root=tmp_path)
     resolved = [
         replace(s, images=tuple(p.resolve() for p in s.images), features=s.features and s.features.resolve())
         for s in read
@@ -173,7 +173,7 @@ def test_bad_csv_gets_one_line(tmp_path, content, says):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(MivpgError, match=r"missing\.jsonl cannot be read: No such file"):
+    with pytest.raises(MivpgError, match=r"missing\.jsonl does not exist, expected a bag file"):
         load_bag_file(tmp_path / "missing.jsonl")
     with pytest.raises(MivpgError, match=r"ends in '\.xlsx', expected a bag file, \.jsonl or \.csv"):
         load_bag_file(tmp_path / "bags.xlsx")

@@ -141,9 +141,9 @@ def test_a_missing_array(tmp_path, name):
 
 def test_what_is_no_npz_file(tmp_path):
     path = tmp_path / "set.npz"
-    with pytest.raises(MivpgError, match=r"set\.npz does not exist or is not a file"):
+    with pytest.raises(MivpgError, match=r"set\.npz does not exist, expected a bag set"):
         read_bag_set(path)
-    with pytest.raises(MivpgError, match="does not exist or is not a file"):
+    with pytest.raises(MivpgError, match="is a folder, expected a bag set"):
         read_bag_set(tmp_path)
     for content in (b"", b"x,bag,y\n1,2,3\n", b"PK\x03\x04 and no more"):
         path.write_bytes(content)

@@ -143,7 +143,15 @@ def write_yaml(path: Path, fields: Any) -> Path:
 
 
 def write_bags(path: Path, *bags: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(bag) + "\n" for bag in bags))
+    """A bag file; photos of other folders are linked beside it, since it may name nothing outside of its own."""
+    photos = [Path(image) for bag in bags for image in bag.get("images", ())]
+    for photo in photos:
+        if photo.is_absolute() and not (path.parent / photo.name).exists():
+            (path.parent / photo.name).symlink_to(photo)
+    names = [
+        bag | ({"images": [Path(image).name for image in bag["images"]]} if "images" in bag else {}) for bag in bags
+    ]
+    path.write_text("".join(json.dumps(bag) + "\n" for bag in names))
     return path
 
 
@@ -350,7 +358,9 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     broken = {"id": "broken", "images": ["broken.png"], "captions": ["a chair"], "split": "test"}
     file = write_bags(tmp_path / "bags.jsonl", *bags, broken)
     config = world.config(tmp_path, dataset={"bag_file": {"path": str(file)}})
-    out = done("evaluate", config, "--model", trained[0] / "best", "--out", tmp_path / "METRICS.json", *FAST)
+    command = ("evaluate", config, "--model", trained[0] / "best", "--out", tmp_path / "METRICS.json", *FAST)
+    code, out, err = mivpg(*command)
+    assert (code, err) == (3, "")
 
     results = json.loads((tmp_path / "METRICS.json").read_text())
     assert (results["num_bags"], results["num_references"], results["num_unreadable_bags"]) == (2, 4, 1)
@@ -417,6 +427,24 @@ def test_extract_fills_a_store_that_train_takes(world, trained, tmp_path, caplog
     assert re.match(r".*_float16 holds no features of bag 'product \d'; `mivpg extract` makes what is missing", line)
 
 
+def test_extract_passes_bad_bags_over_and_its_exit_code_says_so(world, tmp_path):
+    bags = [
+        {"id": name, "images": [str(photo)]} for name, photo in (("first", world.photos[0]), ("last", world.photos[1]))
+    ]
+    bad = {"id": "bad", "images": [str(world.photos[0]), "missing.png"]}
+    file = write_bags(tmp_path / "bags.jsonl", bags[0], bad, bags[1])
+    command = ("extract", "--dataset.bag-file.path", file, "--model", world.blip2, "--out", tmp_path / "features")
+    missing = f"bag 'bad': {tmp_path / 'missing.png'} does not exist, expected a picture."
+    assert mivpg(*command, "--strict") == (1, "", f"mivpg: {missing}\n")
+    result = mivpg(*command)
+    store = tmp_path / "features" / "blip2_28px_all_float16"
+    assert result.code == 3 and one_line(result.err)
+    assert result.err == f"mivpg: 1 of 3 bags could not be read; {store / 'errors.jsonl'} says why.\n"
+    assert result.out == f"{store / 'bags.jsonl'}\n"
+    assert [bag["id"] for bag in lines_of(store / "bags.jsonl")] == ["first", "last"]
+    assert lines_of(store / "errors.jsonl") == [{"id": "bad", "error": missing}]
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -469,7 +497,7 @@ def test_a_wrong_command_line(tmp_path, arguments, message):
         (["caption", "a.jpg", "--bags", "b.jsonl", "--model", "m"], "give the images of one bag, or --bags"),
         (["caption", "--bags", "b.jsonl", "--model", "m"], "--bags FILE and --out FILE go together"),
         (["caption", "a.jpg", "--model", "m", "--num-beams", "0"], "num_beams is 0, expected at least 1"),
-        (["train", "no.yaml"], "no.yaml: no YAML file that can be read: No such file"),
+        (["train", "no.yaml"], "no.yaml does not exist, expected settings in YAML"),
     ],
 )
 def test_a_command_that_asks_for_nothing_that_can_be_done(tmp_path, arguments, message):
@@ -554,8 +582,9 @@ def test_bad_bags_of_a_file_are_recorded(world, tmp_path, caplog):
     good = {"id": "good", "images": [str(world.photos[0])]}
     file = write_bags(tmp_path / "bags.jsonl", good, *({"id": name} | bag for name, bag in bad.items()))
 
-    out = done("caption", "--bags", file, "--out", tmp_path / "out.jsonl", "--model", world.blip2, *FAST)
-    assert out == f"{tmp_path / 'out.jsonl'}: {1 + len(bad)} bags, {len(bad)} of them could not be read.\n"
+    result = mivpg("caption", "--bags", file, "--out", tmp_path / "out.jsonl", "--model", world.blip2, *FAST)
+    out = f"{tmp_path / 'out.jsonl'}: {1 + len(bad)} bags, {len(bad)} of them could not be read.\n"
+    assert result == (3, out, "")
     first, *others = lines_of(tmp_path / "out.jsonl")
     assert done("caption", world.photos[0], "--model", world.blip2, *FAST) == f"{first['caption']}\n"
     assert [line["id"] for line in others] == list(messages)
@@ -584,7 +613,7 @@ def test_one_bad_bag_of_a_thousand(world, tmp_path):
     assert left["out.jsonl.partial"].count(b"\n") == 500
 
     result = mivpg_process(*command)
-    assert (result.code, result.out) == (0, f"{tmp_path / 'out.jsonl'}: 1000 bags, 1 of them could not be read.\n")
+    assert (result.code, result.out) == (3, f"{tmp_path / 'out.jsonl'}: 1000 bags, 1 of them could not be read.\n")
     resumed, *others = result.err.splitlines()
     assert resumed == f"{tmp_path / 'out.jsonl.partial'}: going on after 500 of 1000 bags."
     assert sorted(others) == sorted(

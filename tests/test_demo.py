@@ -28,6 +28,7 @@ from mivpg.miniature.traits import (
 )
 from mivpg.report import BagExample
 from test_cli import Result, mivpg, one_line
+from test_readme import commands_of
 
 ARM_NAMES = {"zero_shot", "single_image", "patch_concatenation", "mivpg_without_csa", "mivpg"}
 METRICS = {"BLEU@4", "METEOR", "ROUGE_L", "CIDEr"}
@@ -133,6 +134,19 @@ def test_its_model_captions_photos(whole):
     photos = sorted((whole / "catalogue/images/small").rglob("*.jpg"))[:2]
     result = mivpg("caption", "--model", whole / "arms/mivpg/best", *photos)
     assert result.code == 0 and len(result.out.splitlines()) == 1
+
+
+def test_the_readmes_commands(whole, tmp_path, monkeypatch):
+    """The first is what ran here, in another folder; the second reads a product that any catalogue of the seed has."""
+    demo, caption = (
+        command.split() for command in commands_of() if command.startswith("mivpg") and "runs/demo" in command
+    )
+    assert demo[1:] == words_of(Path("runs/demo"))[: len(demo) - 1] and len(demo) == 4
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(whole)
+    monkeypatch.chdir(tmp_path)
+    code, output, errors = mivpg(*caption[1:])
+    assert (code, errors) == (0, "") and output.strip()
 
 
 @pytest.mark.usefixtures("one_meteor")

@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, get_args
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from mivpg.classification import ClassifierConfig
 from mivpg.cli import main, parse
 from mivpg.slides import TileOptions
 from mivpg.training import TrainConfig
-from test_readme import HUB_ID, blocks, shop
+from test_readme import HUB_ID, blocks, commands_of, shop
 
 __all__ = ["shop"]  # the README's folder, a fixture here, too
 
@@ -106,6 +107,27 @@ def test_every_picture_is_shown_and_has_its_command():
     assert not [page.name for page in PAGES if "![](" in page.read_text(encoding="utf-8")], "a picture without words"
 
 
+def test_drawings_can_be_read_on_a_phone(refresh):
+    """Whose column of text is 358 pixels wide; and words stay inside, also in a font wider than Helvetica."""
+    from mivpg.report import load_font
+
+    for file, text in refresh.refreshed().items():
+        if file.suffix != ".svg":
+            continue
+        svg = ElementTree.fromstring(text)
+        width, height = float(svg.get("width")), float(svg.get("height"))
+        words = [element for element in svg.iter() if element.tag.endswith("}text")]
+        assert len(words) > 8
+        for element in words:
+            size, x = float(element.get("font-size")), float(element.get("x"))
+            assert size * min(1, 358 / width) >= 11, f"{file.name}: {element.text}"
+            length = load_font(round(10 * size), bold=element.get("font-weight") == "bold").getlength(element.text) / 10
+            left = x - length * {"start": 0, "middle": 0.5, "end": 1}[element.get("text-anchor")]
+            assert left >= 0 and left + length <= width and float(element.get("y")) <= height - 4, (
+                f"{file.name}: {element.text}"
+            )
+
+
 def test_every_experiment_stands_among_the_figures():
     from mivpg.experiments.data import SCALES
     from mivpg.experiments.paper import experiments
@@ -174,6 +196,26 @@ def test_defaults_are_those_that_count(refresh):
     assert re.search(r"^\| `--output-dir` \| path \| \*\*needed\*\* \|", page, re.MULTILINE)
 
 
+def test_commands_in_prose_have_their_options():
+    """Of a line that is not run it is at least known that the command line would take it."""
+    page = (DOCS / "options.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## mivpg ([\w -]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    known = {name: set(re.findall(r"^\| `(--[\w.-]+)` \|", text, re.MULTILINE)) for name, text in sections.items()}
+    shared = {name for name in known["train"] if name.startswith(("--dataset.", "--validation."))}
+    num_options, wrong = 0, []
+    for page in PAGES:
+        for code in re.findall(r"`(mivpg [a-z][^`]*)`", page.read_text(encoding="utf-8")):
+            command, *words = re.split(r" (?=--)", " ".join(code.split()))
+            name = command.removeprefix("mivpg ")
+            name = next((of for of in sorted(known, key=len, reverse=True) if f"{name} ".startswith(f"{of} ")), name)
+            options = {word.split()[0] for word in words} - {"--help"}
+            num_options += len(options)
+            if not options <= known.get(name, set()) | shared:
+                wrong.append(f"{page.name}: {code}")
+    assert num_options > 30
+    assert not wrong
+
+
 def yaml_blocks() -> list:
     return [
         pytest.param(block, id=f"{page.name}-{number}")
@@ -199,10 +241,6 @@ def test_yaml_is_understood(block, tmp_path):
 
 
 # --- Their code and commands run -------------------------------------------------------------------------------------
-
-
-def commands_of(page: Path) -> list[str]:
-    return [line for block in blocks("bash", page) for line in block.splitlines() if line.startswith("mivpg ")]
 
 
 @pytest.mark.usefixtures("one_meteor")
@@ -296,13 +334,17 @@ def test_readmes_other_code(shop):
     main(["caption", "--model", "whole", "photos/front.jpg", *FEW_TOKENS])
 
 
-def test_readmes_features(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "run_file"), [(ROOT / "README.md", "slides.yaml"), (DOCS / "slides.md", "uni.yaml")])
+def test_features_of_other_tools(page, run_file, tmp_path, monkeypatch):
     """Features that another tool made, with a new Q-Former, here a small one."""
     h5py = pytest.importorskip("h5py")
     monkeypatch.chdir(tmp_path)
     save_language_model(Path("HuggingFaceTB/SmolLM2-135M"), "llama")
-    (block,) = (block for block in blocks("yaml") if "slides.jsonl" in block)
-    slide = json.loads(re.search(r"# a line of slides.jsonl: (.*)", block)[1])
+    text = page.read_text(encoding="utf-8")
+    (block,) = (block for block in blocks("yaml", page) if "language:" in block and "slides.jsonl" in block)
+    above = text.split(block)[0].removesuffix("```yaml\n").rpartition("```")[2]
+    assert f"`{run_file}`" in above  # what the file is called
+    slide = json.loads(re.search(r'\{"id": "slide 1".*\}', text)[0])
     Path(slide["features"]).parent.mkdir()
     slides = []
     for number in range(10):
@@ -314,11 +356,14 @@ def test_readmes_features(tmp_path, monkeypatch):
     Path("slides.jsonl").write_text("\n".join(map(json.dumps, slides)))
     run = yaml.safe_load(block) | QUICK
     run["model"]["qformer"] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Path("slides.yaml").write_text(yaml.safe_dump(run))
-    train, caption = (line for block in blocks("sh") for line in block.splitlines() if line.startswith("mivpg "))
-    main(train.split()[1:])
-    main(caption.split()[1:] + FEW_TOKENS)
-    assert len(Path("slide-captions.jsonl").read_text().splitlines()) == 10
+    Path(run_file).write_text(yaml.safe_dump(run))
+    commands = [command for command in commands_of(page, "sh") if command.startswith("mivpg ")]
+    assert commands[0] == f"mivpg train {run_file}"
+    for command in commands:
+        main(command.split()[1:] + (FEW_TOKENS if " caption " in command else []))
+    assert (Path(run["output_dir"]) / "best" / "model.safetensors").is_file()
+    if len(commands) > 1:  # the README's second captions the slides
+        assert len(Path("slide-captions.jsonl").read_text().splitlines()) == 10
 
 
 @pytest.fixture
@@ -388,8 +433,12 @@ def test_what_the_pages_add_works(package_with_additions):
     assert json.loads((folder / "runs/log_sum_exp/metrics.json").read_text())["mean"]["accuracy"] >= 0
 
 
-@pytest.mark.skipif(find_spec("zensical") is None, reason="zensical is not installed (the extra docs)")
-def test_the_site_builds(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The pages as `make docs` builds them."""
+    if find_spec("zensical") is None:
+        pytest.skip("zensical is not installed (the extra docs)")
+    tmp_path = tmp_path_factory.mktemp("site")
     (tmp_path / "src").symlink_to(ROOT / "src")
     shutil.copytree(DOCS, tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
@@ -402,7 +451,10 @@ def test_the_site_builds(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    site = tmp_path / "build" / "site"
+    return tmp_path / "build" / "site"
+
+
+def test_the_site_holds_together(site):
     assert {page.stem for page in DOCS.glob("*.md")} - {"README"} <= {page.stem for page in site.glob("*.html")}
     api = (site / "api.html").read_text(encoding="utf-8")
     assert 'id="mivpg.modeling_mivpg.MivpgForConditionalGeneration.generate"' in api
@@ -417,3 +469,21 @@ def test_the_site_builds(tmp_path):
             assert (site / name).exists(), f"{page.name}: {link}"
             known = anchors_of.get(name or page.name, {"__top", anchor})
             assert not anchor or anchor in known, f"{page.name}: {link}"
+
+
+def test_no_page_is_wider_than_a_phone(site):
+    """What does not fit, a table, a line of code or an equation, scrolls by itself."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium: not installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        widths = {}
+        for file in sorted(site.glob("*.html")):
+            page.goto(file.as_uri(), wait_until="load")
+            widths[file.name] = page.evaluate("document.documentElement.scrollWidth")
+        browser.close()
+    assert len(widths) > 15
+    assert {name: width for name, width in widths.items() if width > 390} == {}

@@ -101,6 +101,13 @@ def test_hidden_java_gives_the_same_numbers(monkeypatch, tmp_path):
     assert score_captions(PREDICTIONS, REFERENCES, metrics=TRAINING_METRICS) == as_found
 
 
+def test_meteor_starts_only_where_it_is_asked_for_and_nothing_is_printed(capfd):
+    with CaptionScorer(REFERENCES, TRAINING_METRICS) as scorer:
+        assert scorer.meteor is None
+        scorer.score(PREDICTIONS)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_broken_java_is_one_line(monkeypatch, tmp_path):
     java = tmp_path / "java"
     java.write_text("#!/bin/sh\necho no room for the heap >&2\nexit 1\n")

@@ -83,7 +83,7 @@ def safetensors(**tensors: torch.Tensor) -> callable:
 BAD_FEATURES = {
     "missing.npy": (lambda path: None, "does not exist"),
     "missing.safetensors": (lambda path: None, "does not exist"),
-    "folder.npy": (Path.mkdir, "is not a file"),
+    "folder.npy": (Path.mkdir, "is a folder"),
     "a.pkl": (Path.touch, r"ends in '\.pkl', expected a features file, \.safetensors, \.npy, \.h5 or \.pt"),
     "missing.h5": (lambda path: None, "does not exist"),
     "empty.h5": (Path.touch, "no readable HDF5 file"),

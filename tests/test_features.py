@@ -515,3 +515,73 @@ class TestRefusing:
         processor = MivpgProcessor.from_vision_language_pretrained(None, language, model.config)
         with pytest.raises(MivpgError, match="this model has no vision model or no image processor"):
             extract_features(model, processor, samples, tmp_path / "store")
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+class TestPassingOver:
+    """Where not strict, a bag that cannot be read costs itself alone."""
+
+    @pytest.mark.parametrize("batch_size", [1, 4, 64])
+    def test_bad_bags_are_noted_and_the_others_have_the_same_bytes(
+        self, tmp_path, model, processor, samples, batch_size, caplog
+    ):
+        options = {"batch_size": batch_size, "strict": False}
+        extract_features(model, processor, samples, tmp_path / "one go", batch_size=batch_size)
+        pictures = {path: path.read_bytes() for path in (samples[1].images[0], samples[3].images[1])}
+        samples[1].images[0].unlink()  # all of its bag, and, of the second batch of 4, one image of another
+        samples[3].images[1].write_bytes(b"no picture")
+        bags = [Sample(id="no image"), *samples]
+        extracted = extract_features(model, processor, bags, tmp_path / "store", **options)
+        assert [sample.id for sample in extracted] == ["bag 0", "bag 2"]
+        errors = lines_of(tmp_path / "store" / "errors.jsonl")
+        assert [error["id"] for error in errors] == ["no image", "bag 1", "bag 3"]
+        assert [error["error"].split(", expected")[0] for error in errors] == [
+            "bag 'no image': no image",
+            f"bag 'bag 1': {samples[1].images[0]} does not exist",
+            f"bag 'bag 3': {samples[3].images[1]} is not a picture",
+        ]
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            error["error"] for error in errors
+        ]
+        whole = contents(tmp_path / "one go")
+        found = contents(tmp_path / "store")
+        assert {name: found[name] for name in found if name != "errors.jsonl"} == {
+            name: whole[name] for name in ("features.json", *(name_in_store(f"bag {i}") for i in (0, 2)))
+        }
+
+        for path, content in pictures.items():  # mended
+            path.write_bytes(content)
+            os.utime(path, ns=(0, 0))
+        extract_features(model, processor, samples, tmp_path / "store", **options)
+        assert sorted(contents(tmp_path / "store")) == sorted(whole)  # without errors.jsonl
+        assert torch.equal(
+            read_features(tmp_path / "store" / name_in_store("bag 3"))[0],
+            read_features(tmp_path / "one go" / name_in_store("bag 3"))[0],
+        )
+
+    def test_bags_that_the_dtype_cannot_hold_are_noted(self, tmp_path, model, processor, samples):
+        with torch.no_grad():
+            model.vision_model.post_layernorm.weight *= 1e6
+        folder = tmp_path / "store"
+        assert extract_features(model, processor, samples, folder, dtype=torch.float16, strict=False) == []
+        assert [error["id"] for error in lines_of(folder / "errors.jsonl")] == [sample.id for sample in samples]
+
+    def test_a_batch_without_a_readable_picture(self, tmp_path, model, processor, samples):
+        for path in samples[2].images:
+            path.unlink()
+        extracted = extract_features(model, processor, samples, tmp_path / "store", batch_size=1, strict=False)
+        assert [sample.id for sample in extracted] == ["bag 0", "bag 1", "bag 3"]
+
+    def test_stored_features_whose_image_is_gone(self, tmp_path, model, processor, samples):
+        extract_features(model, processor, samples[:3], tmp_path / "store")
+        samples[2].images[1].unlink()
+        extracted = extract_features(model, processor, samples, tmp_path / "store", batch_size=4, strict=False)
+        assert [sample.id for sample in extracted] == ["bag 0", "bag 1", "bag 3"]
+        assert [error["id"] for error in lines_of(tmp_path / "store" / "errors.jsonl")] == ["bag 2"]
+
+    def test_two_bags_of_one_id_are_no_bad_bag(self, tmp_path, model, processor, samples):
+        with pytest.raises(BagError, match="two bags of this id"):
+            extract_features(model, processor, [samples[0], replace(samples[1], id="bag 0")], tmp_path, strict=False)

@@ -326,6 +326,23 @@ class TestRecomputing:
         bag_bytes = self.NUM_INSTANCES * 12 * 8
         assert all_held - held == pytest.approx(2 * bag_bytes, rel=0.05)
 
+    @pytest.mark.parametrize(("num_instances", "num_made"), [(7, 0), (8, 2)])
+    def test_bags_are_large_from_the_number_on(self, makes, num_instances, num_made):
+        model = model_of(Setting("cls", "csa", "none")).train()
+        bag = torch.randn(1, num_instances, 1, 12, dtype=torch.float64)
+        model.get_visual_prompts(bag).embeds.square().sum().backward()
+        assert len(makes) == num_made
+
+    def test_what_was_made_again_goes_with_its_last_reader(self, monkeypatch, makes):
+        updates = []
+        note = folded_attention.RecomputingInstances.note
+        remember = lambda self, updated, update: updates.append(update) or note(self, updated, update)  # noqa: E731
+        monkeypatch.setattr(folded_attention.RecomputingInstances, "note", remember)
+        bag = torch.randn(1, self.NUM_INSTANCES, 1, 12, dtype=torch.float64)
+        model_of(Setting("cls", "csa", "none")).train().get_visual_prompts(bag).embeds.square().sum().backward()
+        assert len(makes) == 2 and len(updates) == 3
+        assert all(update.made is None for update in updates)
+
     def test_a_graph_can_be_gone_through_twice(self, makes):
         model = model_of(Setting("cls", "csa", "none"))
         bag = torch.randn(1, self.NUM_INSTANCES, 1, 12, dtype=torch.float64, requires_grad=True)

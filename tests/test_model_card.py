@@ -2,21 +2,28 @@
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
-from huggingface_hub import metadata_load, metadata_save
+from huggingface_hub import CommitOperationAdd, ModelCard, metadata_load, metadata_save
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 
 from families import save_blip2
-from mivpg import MivpgForConditionalGeneration
+from mivpg import MivpgForBagClassification, MivpgForConditionalGeneration, MivpgProcessor
 from mivpg.bags import Sample, select
-from mivpg.classification import cross_validate
+from mivpg.classification import cross_validate, make_classifier
+from mivpg.cli import main
 from mivpg.datasets import DatasetConfig
 from mivpg.datasets.abo import AboConfig
 from mivpg.datasets.bag_file import load_bag_file
 from mivpg.datasets.bag_set import BagSet
 from mivpg.evaluation import TRAINING_METRICS, caption_floors, score_captions
+from mivpg.evaluation_report import training_log
 from mivpg.miniature import BASE_MODEL
 from mivpg.model_card import CARD, DATA_LICENCES, Training, read_training, write_base_card, write_model_card
 from mivpg.training import LOG_FILE, ModelConfig, _data_for_card, train
@@ -99,6 +106,40 @@ def test_a_whole_copy_keeps_what_the_run_knew(best, tmp_path):
     assert section(card(tmp_path / "again"), "Metrics") == section(text, "Metrics")
 
 
+def test_its_run_is_found_by_the_page_of_an_evaluation(best):
+    """On what a run really leaves; `test_report.py` has folders that are of no run."""
+    for model in (best, *best.parent.glob("checkpoint-*")):
+        assert training_log(model) == best.parent / LOG_FILE
+
+
+def command_of(text: str) -> list[str]:
+    """What the card says to type, in words."""
+    return re.search(r"^mivpg (.*)$", section(text, "Use"), re.MULTILINE)[1].replace('"this folder"', "FOLDER").split()
+
+
+def test_the_command_that_a_card_names_works(world, best, tmp_path, monkeypatch):
+    few = ["--max-new-tokens", "3", "--num-beams", "1"]
+    monkeypatch.chdir(tmp_path)
+    bags = (world / "bags.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "bags.jsonl").write_text("\n".join(bags))
+    for bag in map(json.loads, bags):
+        shutil.copy(world / bag["features"], tmp_path)
+    command = command_of(card(best))  # without a vision model
+    main([*(str(best) if word == "FOLDER" else word for word in command), *few])
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(SystemExit):
+        main(["caption", "--model", str(best), "a.png"])
+
+    blip2 = save_blip2(tmp_path / "blip2")
+    MivpgForConditionalGeneration.from_pretrained(blip2).save_pretrained(tmp_path / "whole")
+    MivpgProcessor.from_pretrained(blip2).save_pretrained(tmp_path / "whole")
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "a.png")
+    words = {"FOLDER": str(tmp_path / "whole"), "IMAGE…": "a.png"}
+    command = command_of(card(tmp_path / "whole"))
+    assert {*words} < {*command}
+    main([*(words.get(word, word) for word in command), *few])
+
+
 def test_licences_are_those_that_cards_state(tmp_path):
     blip2 = save_blip2(tmp_path / "blip2")
     heads = {
@@ -174,6 +215,80 @@ def test_a_fold_says_what_the_most_common_label_would_reach(tmp_path):
     assert found[""][0] == "accuracy" and found["this model"][0] == f"{results['folds'][0]['accuracy']:.3f}"
     assert found["floor the most common label"][:2] == ["0.500", "0.500"]  # as many bags of either label
     assert "It says which label a bag of images has." in text and "mivpg evaluate" not in text
+
+
+def test_a_classifier_has_a_card_wherever_it_is_saved(tmp_path):
+    make_classifier(config_of("mean"), width=4, num_labels=2).save_pretrained(tmp_path / "new")
+    text = card(tmp_path / "new")
+    assert (
+        "It says which label a bag of images has." in text
+        and section(text, "Base") == "Not known.\n\nAll weights are in this folder."
+    )
+    assert section(text, "Metrics") == "Not measured here."
+
+    cross_validate(BagSet(bags=bags_of(12), label_names=["0", "1"]), config_of("mean", num_folds=2), tmp_path / "out")
+    fold = tmp_path / "out" / "fold-0"
+    MivpgForBagClassification.from_pretrained(fold).save_pretrained(tmp_path / "again")
+    assert section(card(tmp_path / "again"), "Metrics") == section(card(fold), "Metrics")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(code.replace("this folder", str(fold)), found := {})
+    assert isinstance(found["model"], MivpgForBagClassification)
+
+
+class FakeHub:
+    """Takes what is sent to the Hub, and gives back the card that is there already, if any."""
+
+    def __init__(self, monkeypatch, there_already: str | None) -> None:
+        self.cards: list[str] = []
+        self.there_already = there_already
+        for module in ("utils.hub", "modeling_utils"):
+            monkeypatch.setattr(f"transformers.{module}.hf_api", lambda: self)
+        monkeypatch.setattr(ModelCard, "load", self.load)
+
+    def create_repo(self, repo_id: str, **kwargs) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def load(self, repo_id: str, **kwargs) -> ModelCard:
+        if self.there_already is None:
+            raise EntryNotFoundError("no card there")
+        return ModelCard(self.there_already)
+
+    def create_commit(self, operations: list[CommitOperationAdd], **kwargs) -> None:
+        sent = {
+            operation.path_in_repo: Path(operation.path_or_fileobj).read_text()
+            for operation in operations
+            if operation.path_in_repo == CARD
+        }
+        self.cards.append(sent[CARD])
+
+
+@pytest.mark.parametrize("there_already", [None, "# no head\n", "---\ntags: [theirs]\n---\n# An older model\n"])
+def test_the_hub_gets_the_same_card(best, tmp_path, monkeypatch, there_already):
+    """transformers would send one that it makes up, or the one that is there: of an older model, perhaps."""
+    hub = FakeHub(monkeypatch, there_already)
+    model = MivpgForConditionalGeneration.from_pretrained(best)
+    base = model.config.base
+    model.save_pretrained(tmp_path / "here")
+    model.push_to_hub("me/shop", tags=["shop"])
+    model.save_pretrained(tmp_path / "shop", push_to_hub=True, repo_id="me/shop")
+    assert model.config.base == base and json.loads((tmp_path / "shop" / "config.json").read_text())["base"] is None
+    expected = card(tmp_path / "here")
+    theirs = ["theirs"] if there_already is not None and "theirs" in there_already else []
+    for sent, tags in zip(hub.cards, ([*theirs, "shop"], theirs), strict=True):
+        added = "".join(f"- {tag}\n" for tag in tags)
+        assert sent == expected.replace("- arxiv:2406.02987\n", f"- arxiv:2406.02987\n{added}")
+    assert card(tmp_path / "shop") == expected
+
+    classifier = make_classifier(config_of("mean"), width=4, num_labels=2)
+    classifier.push_to_hub("me/labels")
+    assert "It says which label a bag of images has." in hub.cards[-1]
+
+
+def test_a_card_survives_what_transformers_does_to_it(best, tmp_path):
+    """`MivpgProcessor.push_to_hub`, as every processor's, loads the card that is on the Hub and sends it again."""
+    ModelCard(card(best)).save(tmp_path / CARD)
+    assert read_training(tmp_path) == read_training(best) is not None
+    assert card(tmp_path).split("\n---\n")[1] == card(best).split("\n---\n")[1]
 
 
 def test_the_head_is_what_the_hub_reads(best):

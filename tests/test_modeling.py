@@ -33,6 +33,7 @@ from families import (
     save_vision_model,
 )
 from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
+from mivpg.modeling_mivpg import class_probabilities
 from parameters import LANGUAGE_MODELS, real_size
 from tiny import randomize_added_weights, tiny_config, tiny_model
 
@@ -632,6 +633,14 @@ class TestInputs:
     def test_both_pixels_and_features(self, model):
         with pytest.raises(ValueError, match="either pixel_values or image_embeds"):
             model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_probabilities_are_of_the_last_axis():
+    """Of instances (B, M, C) as of bags."""
+    binary, many = torch.randn(2, 4, 1), torch.randn(2, 1, 3)
+    one = 1 / (1 + (-binary).exp())
+    torch.testing.assert_close(class_probabilities(binary), torch.cat([1 - one, one], dim=2))
+    torch.testing.assert_close(class_probabilities(many), many.exp() / many.exp().sum(dim=2, keepdim=True))
 
 
 def test_llm_decides_for_itself_what_it_is(tmp_path):

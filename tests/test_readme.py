@@ -1,6 +1,9 @@
 """The README's code runs, with a small random BLIP-2 in place of the real one and the photos that it names."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,12 @@ HUB_ID = "Salesforce/blip2-opt-2.7b"
 
 def blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page: Path = README, language: str = "bash") -> list[str]:
+    """What the page says to type into a shell, a line each; comments are left out."""
+    text = "\n".join(blocks(language, page)).replace("\\\n", "")
+    return [line.split(" #")[0].strip() for line in text.splitlines() if line and not line.startswith("#")]
 
 
 @pytest.fixture
@@ -46,11 +55,11 @@ def test_python(shop, capsys):
 
 @pytest.mark.usefixtures("one_meteor")
 def test_commands(shop):
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("mivpg ")]
+    commands = [command for command in commands_of() if command.startswith("mivpg ")]
     assert [command.split()[1] for command in commands] == [
-        "--version",
         "demo",
         "caption",
+        "--version",
         "caption",
         "train",
         "evaluate",
@@ -62,15 +71,42 @@ def test_commands(shop):
         "reproduce",
     ]
     for command in commands:
-        arguments = command.replace(HUB_ID, str(shop / "blip2")).split("#")[0].split()[1:]
+        arguments = command.replace(HUB_ID, str(shop / "blip2")).split()[1:]
         if "runs/demo" in command or "reproduce" in command:
-            continue  # tests/test_demo.py and test_reproduce.py run them
+            continue  # tests/test_demo.py runs the first two, and the last has a test below
         if arguments[0] in ("caption", "evaluate"):
             arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
         main(arguments)
     assert len(list((shop / "features" / "blip2_28px_all_float16").glob("*.safetensors"))) == 20
     assert len(list((shop / "runs" / "classify").glob("fold-*.jsonl"))) == 5
     assert (shop / "metrics.json").is_file() and (shop / "captions.jsonl").is_file()
+
+
+def test_reproduce_is_asked_for_what_test_reproduce_runs(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mivpg.experiments.reproduce.reproduce", lambda names, **how: asked.append((names, how)) or {})
+    (command,) = (command for command in commands_of() if command.startswith("mivpg reproduce"))
+    main(command.split()[1:])
+    how = {"scale": "miniature", "out": Path("runs/paper"), "num_seeds": 3, "data_root": None}
+    assert asked == [(("table2",), how)]
+
+
+@pytest.mark.slow
+def test_several_processes(shop):
+    """The line for four GPUs, with two processes on the CPU."""
+    (command,) = (command for command in commands_of() if command.startswith("torchrun"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = command.replace("--nproc-per-node 4", "--nproc-per-node 2").split()[1:]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run([*launcher, *words], check=True, capture_output=True, env=os.environ | {"PATH": path})
+    assert (shop / "runs" / "products" / "best" / "model.safetensors").is_file()
+
+
+def test_no_command_is_left_out():
+    """`mivpg` in bash runs above, in sh in `test_docs.py`; the others install, make or start it."""
+    programs = {command.split()[0] for language in ("bash", "sh") for command in commands_of(README, language)}
+    assert programs == {"mivpg", "torchrun", "git", "python3", "pip", "make"}
+    assert [command for command in commands_of() if command.startswith("make")] == ["make demo"]
 
 
 def test_every_field_of_its_yaml_is_known():

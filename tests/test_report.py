@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from base64 import b64decode
@@ -19,7 +21,7 @@ from PIL import Image, ImageColor
 from mivpg import report
 from mivpg.bags import Sample
 from mivpg.errors import BagError
-from mivpg.evaluation_report import MOST_PHOTOS, NUM_EXAMPLES, write_evaluation_report
+from mivpg.evaluation_report import MOST_PHOTOS, NUM_EXAMPLES, training_log, write_evaluation_report
 from mivpg.report import (
     BagExample,
     BarChart,
@@ -141,6 +143,18 @@ def test_data_is_text_wherever_it_stands(tmp_path, example):
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
 
+def test_no_rule_of_a_style_stands_twice():
+    """The pages look alike since they share one file, not since two were kept alike."""
+    rules: dict[str, list[str]] = {}
+    for template in sorted(Path(report.__file__).with_name("templates").glob("*.html.jinja")):
+        styles = re.findall(r"<style>(.*?)</style>", template.read_text(encoding="utf-8"), re.DOTALL)
+        assert len(styles) == 1, template.name
+        for rule in re.findall(r"[^{}]+\{[^{}]*\}", styles[0]):
+            rules.setdefault(" ".join(rule.split()), []).append(template.name)
+    assert len(rules) > 50
+    assert {rule: files for rule, files in rules.items() if len(files) > 1} == {}
+
+
 def test_nothing_comes_from_elsewhere(tmp_path, example, chart):
     examples = Examples(title="e", examples=[example], emphasised="mivpg")
     write_report(tmp_path / "a.html", title="t", lead="l", parts=[chart, examples])
@@ -150,7 +164,7 @@ def test_nothing_comes_from_elsewhere(tmp_path, example, chart):
         "data:image/svg+xml;base64",
     }
     assert not {"script", "link", "iframe", "object"} & dict(page.elements).keys()
-    assert "url(" not in page.source and "@import" not in page.source and "http" not in page.text("style")[0]
+    assert "url(" not in page.source and "@import" not in page.source and "http" not in "".join(page.text("style"))
     assert re.findall(rb'(?:href|src)="(?!#)|url\((?!#)', draw_chart(chart)) == []
 
 
@@ -290,6 +304,17 @@ def test_curves_show_what_runs_logged(tmp_path, monkeypatch):
     assert training_curves({"c": tmp_path / "never.jsonl"}) == []
 
 
+def test_a_single_point_is_seen(tmp_path):
+    """Of a run of one epoch; a line needs two."""
+    (picture,) = training_curves({"a": write_log(tmp_path / "a.jsonl", [3.0], [])})
+    (none,) = training_curves({"a": write_log(tmp_path / "b.jsonl", [math.nan], [])})
+    blue = [
+        (np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) == (31, 119, 180)).all(axis=-1)
+        for png in (picture.png, none.png)
+    ]
+    assert blue[0].sum() > blue[1].sum() > 0  # the legend has some
+
+
 def test_a_legend_of_long_names_stays_inside(tmp_path):
     log = write_log(tmp_path / "a.jsonl", [2.0, 1.0], [1.0, 2.0])
     names = ("MIVPG, control for CSA, " + "with many words " * 5, "scenes: Q-Former on each image")
@@ -322,13 +347,41 @@ def evaluation_page(folder: Path, num_bags: int, photo: Path, floors: tuple[str,
         "num_unreadable_bags": 0,
         "split": "test",
         "seed": 0,
-        "model": "runs/a/best",
+        "model": str(folder / "run" / "best"),
     }
     captions = {sample.id: f"caption of {sample.id}" for sample in samples}
-    write_evaluation_report(
-        folder / "page.html", results, captions, samples, training_log=folder / "log.jsonl", settings={"seed": 0}
-    )
+    write_evaluation_report(folder / "page.html", results, captions, samples, settings={"seed": 0})
     return Page(folder / "page.html")
+
+
+def write_run(folder: Path, losses: list[float]) -> Path:
+    """What the folder of a run holds of its log; a checkpoint after the first epoch."""
+    (folder / "best").mkdir(parents=True)
+    (folder / "checkpoint-1").mkdir()
+    for file in (folder / "config.yaml", folder / "best" / "config.yaml"):
+        file.write_text(f"output_dir: {folder.name}\n")
+    log = write_log(folder / "log.jsonl", losses, losses).read_text().splitlines()
+    state = {"global_step": 1, "log_history": [json.loads(log[0])]}
+    (folder / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_curves_are_those_of_the_run_that_made_the_model(tmp_path):
+    first, second = write_run(tmp_path / "a", [3.0, 2.0]), write_run(tmp_path / "b", [4.0, 1.0])
+    for run in (first, second):
+        assert training_log(run / "best") == training_log(run / "checkpoint-1") == run / "log.jsonl"
+    (tmp_path / "link").symlink_to(first / "best")
+    assert training_log(tmp_path / "link") == first / "log.jsonl"
+
+    (first / "whole").mkdir()  # saved by hand, of whatever it may be
+    assert training_log(first / "whole") is training_log(tmp_path / "nowhere" / "best") is None
+    assert training_log(first) is training_log(Path("Salesforce/blip2-opt-2.7b")) is None
+    shutil.copytree(second / "checkpoint-1", first / "checkpoint-2")
+    shutil.rmtree(first / "best")
+    shutil.copytree(second / "best", first / "best")
+    assert training_log(first / "checkpoint-2") is training_log(first / "best") is None
+    (second / "checkpoint-1" / "trainer_state.json").write_text('{"log_history": []}')  # nothing tells whose it is
+    assert training_log(second / "checkpoint-1") is None
 
 
 def test_an_evaluation_shows_floors_and_both_ends(tmp_path, example):
@@ -340,12 +393,13 @@ def test_an_evaluation_shows_floors_and_both_ends(tmp_path, example):
     assert len(set(titles[:NUM_EXAMPLES])) == NUM_EXAMPLES  # drawn by the seed
     assert "caption of bag 19" in page.text("dd") and "reference 0" in page.text("dd")
     assert len([image for image in page.all("img") if "jpeg" in image["src"]]) == 3 * NUM_EXAMPLES * MOST_PHOTOS
-    assert [heading for heading in page.text("h2") if heading == "Training"] == []
+    assert "Training" not in page.text("h2")
 
 
 def test_an_evaluation_of_two_bags_without_floors(tmp_path, example):
-    write_log(tmp_path / "log.jsonl", [1.0], [1.0])
+    write_run(tmp_path / "run", [1.0])
     page = evaluation_page(tmp_path, 2, example.images[1], floors=())
+    assert "Training" in page.text("h2")
     assert page.text("h3") == [*page.text("h3")[:2], "CIDEr 1.00", "CIDEr 0.00", "CIDEr 0.00", "CIDEr 1.00"]
     assert "There are no floors" in page.text("p")[1] and "could not be read" not in page.text("p")[1]
     assert "Training" in page.text("h2")

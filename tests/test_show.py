@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,22 +11,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from families import save_blip2
 from mivpg import (
     GenerationOptions,
+    MivpgError,
     MivpgForConditionalGeneration,
     MivpgProcessor,
     attention_maps,
+    extract_features,
+    show,
 )
 from mivpg.attention_pictures import draw_heads, draw_patches, draw_words, patch_maps
-from mivpg.bags import Bag
+from mivpg.bags import Bag, Sample
+from mivpg.datasets.bag_file import load_bag_file, write_bag_file
+from mivpg.feature_files import read_features
+from mivpg.likelihood import embed_images
 from mivpg.miniature import BASE_MODEL
-from mivpg.show import draw_pictures, look_at_bag, page
+from mivpg.show import cut_slides, draw_pictures, look_at_bag, page
+from mivpg.slides import TileOptions, find_tiles
 from test_cli import done, refusal
 from test_real_data import ABO, needs_abo
 from test_show_slides import SLIDE, needs_slide, read_as_qupath
+from test_slides import SMALL, pixels_with, write_slide
 
 FAST = ("--num-beams", 1, "--max-new-tokens", 6)
 PHOTO = Image.new("RGB", (40, 40), "white")
@@ -82,6 +92,9 @@ def test_photos(shop, tmp_path):
     assert numbers["caption"] == caption and numbers["images"] == ["front.png", "side.png", "back.png"]
     assert numbers["image_weights"] == pytest.approx(arrays["image_weights"].tolist(), abs=1e-6)
     assert [entry["word"] for entry in numbers["words"]] == caption.split()
+    lines = (out / "attention.json").read_text().splitlines()  # a row of numbers is one line
+    assert [json.loads(line.strip(" ,")) for line in lines if line.startswith("    {")] == numbers["words"]
+    assert len(lines) == 2 + len(numbers) + num_words + 1
     removal = numbers["removal"]
     assert (removal["num_images"], removal["num_removed"]) == (3, 1)
     for what in ("most", "least", "random"):
@@ -117,6 +130,35 @@ def test_the_page_needs_nothing_and_runs_nothing(shop):
     assert len(sources) == len(drawn) + 3 - 1  # three thumbnails; words are a table
     assert all(source.startswith("data:image/") for source in sources)
     assert html.count("alt=") == len(sources)
+
+
+def test_patches_in_no_square_are_a_note_on_the_page(shop):
+    model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
+    processor = MivpgProcessor.from_pretrained(shop / "model")
+    pictures = [Image.open(path).convert("RGB") for path in photos(shop)]
+    bag = Bag(id="x", images=pictures, image_embeds=None, image_coords=None, prompt="", caption=None)
+    whole = look_at_bag(model, processor, bag, generation=GenerationOptions(num_beams=1, max_new_tokens=3))
+    shown = replace(whole, num_prefix_tokens=0)  # 17 patches
+    drawn = draw_pictures(shown)
+    note = "Patches are not drawn: 17 tokens an image less 0 before the patches is no square grid"
+    assert note in page(shown, drawn, model="a") and note not in page(whole, draw_pictures(whole), model="a")
+    alone = pixels_of(draw_patches(whole.photos[0], [], title=""))
+    assert pixels_of(drawn["image_1.png"]).shape == alone.shape
+    assert set(drawn) == {"image_1.png", "image_2.png", "image_3.png", "heads.png", "words.png"}
+
+
+def test_another_aggregator_is_refused_before_anything_is_read(shop, monkeypatch):
+    model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
+    processor = MivpgProcessor.from_pretrained(shop / "model")
+    monkeypatch.setattr(model.config, "aggregator", "qformer_per_image")
+    monkeypatch.setattr(model, "get_image_embeds", None)
+    bag = Bag(id="x", images=[PHOTO], image_embeds=None, image_coords=None, prompt="", caption=None)
+    for look in (
+        lambda: look_at_bag(model, processor, bag, generation=GenerationOptions()),
+        lambda: cut_slides(model, processor, [Path("nowhere.svs")], TileOptions(), prompt=""),
+    ):
+        with pytest.raises(MivpgError, match="'qformer_per_image': weights of images are MIVPG's"):
+            look()
 
 
 def test_the_page_in_docs_runs(shop, tmp_path, monkeypatch):
@@ -174,7 +216,7 @@ def test_a_whole_bag_file_is_checked(shop, tmp_path):
     bags = tmp_path / "bags.jsonl"
     bags.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     out = tmp_path / "out"
-    given = ("--bags", bags, "--check", "--model", shop / "model")
+    given = ("--bags", bags, "--root", "/", "--check", "--model", shop / "model")
     printed = done("show", *given, "--split", "test", "--out", out, *FAST)
     checked = json.loads((out / "check.json").read_text())
     assert [bag["id"] for bag in checked["bags"]] == ["1"]  # of one photo nothing can be taken away
@@ -194,11 +236,112 @@ def test_refusals(shop, tmp_path):
         ((picture, "--slide", tmp_path / "a.svs"), "show: give the images of one bag"),
         ((picture, "--check"), "show: --check is about a bag file"),
         ((picture, "--bag", "x"), "show: --bag is about a bag file"),
+        (("--bags", tmp_path / "b.csv", "--check", "--bag", "x"), "show: --check is about every bag; leave --bag out."),
         ((tmp_path / "no.png",), "no.png does not exist"),
         (("--slide", tmp_path / "no.svs", "--model", shop / "model"), "no.svs does not exist"),
     ]:
         assert expected in refusal(tmp_path, "show", *arguments, "--out", free), arguments
     assert "used is in use" in refusal(tmp_path, "show", picture, "--out", tmp_path / "used")
+
+
+# ── Slides ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def case(shop, tmp_path_factory) -> Path:
+    """The bag file of a store: one case of two slides, of other resolutions, and a bag without coordinates."""
+    pytest.importorskip("openslide")
+    folder = tmp_path_factory.mktemp("case")
+    write_slide(folder / "a.tif", pixels_with((64, 64, 192, 128)))
+    write_slide(folder / "b.tif", pixels_with((0, 0, 192, 64)), mpp=0.4933)
+    model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
+    processor = MivpgProcessor.from_pretrained(shop / "model")
+    samples = [Sample(id="case", slides=(folder / "b.tif", folder / "a.tif"))]
+    (extracted,) = extract_features(model, processor, samples, folder / "store", tiling=SMALL)
+    save_file({"image_embeds": torch.randn(2, 17, 24)}, folder / "plain.safetensors")
+    write_bag_file(folder / "bags.jsonl", [extracted, Sample(id="plain", features=folder / "plain.safetensors")])
+    return folder
+
+
+def test_each_slide_of_a_case_is_drawn_by_itself(shop, case, tmp_path):
+    given = ("--bags", case / "bags.jsonl", "--bag", "case", "--model", shop / "model", *FAST)
+    both, one, none = tmp_path / "both", tmp_path / "one", tmp_path / "none"
+    done("show", *given, "--slide", case / "b.tif", "--slide", case / "a.tif", "--out", both)
+    of_b, of_a = (find_tiles(case / name, SMALL) for name in ("b.tif", "a.tif"))
+    weights = load_file(both / "attention.safetensors")["image_weights"].tolist()
+    assert len(of_b) + len(of_a) == len(weights) and len(of_b) > 2
+    html = (both / "attention.html").read_text()
+    for number, tiles, first in ((1, of_b, 0), (2, of_a, len(of_b))):
+        objects = read_as_qupath(json.loads((both / f"tiles_{number}.geojson").read_text()))
+        assert [entry["bounds"][:2] for entry in objects] == [(tile.x, tile.y) for tile in tiles]
+        measured = [entry["measurements"]["weight"] for entry in objects]
+        assert measured == pytest.approx(weights[first : first + len(tiles)], abs=1e-6)
+        assert (both / f"heat_map_{number}.png").is_file()
+        assert f"{tiles[0].slide.name}: {len(tiles)} tiles of {len(weights)}, " in html
+    assert (both / "top_tiles.png").is_file() and "not given" not in html
+    names = json.loads((both / "attention.json").read_text())["images"]
+    assert names[len(of_b)] == f"tile {len(of_b) + 1} of a.tif at {of_a[0].x}, {of_a[0].y}"
+
+    done("show", *given, "--slide", case / "a.tif", "--out", one)
+    assert (one / "tiles.geojson").read_text() == (both / "tiles_2.geojson").read_text()
+    assert (
+        f"The other {len(of_b)} of {len(weights)} tiles lie on slides that were not given."
+        in (one / "attention.html").read_text()
+    )
+    done("show", *given, "--out", none)  # side by side on a plain canvas
+    assert len(json.loads((none / "tiles.geojson").read_text())["features"]) == len(weights)
+
+
+def test_a_slide_on_which_a_bag_cannot_be_placed(shop, case, tmp_path):
+    bags, slide = ("--bags", case / "bags.jsonl"), ("--slide", case / "a.tif")
+    write_slide(tmp_path / "c.tif", pixels_with((64, 64, 192, 128)))
+    store = load_bag_file(case / "bags.jsonl")[0].features
+    with safe_open(store, framework="pt") as stored:
+        made_of = json.loads(stored.metadata()["made_of"])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    del made_of["tiles"]
+    save_file(tensors, tmp_path / "old.safetensors", {"made_of": json.dumps(made_of)})
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    records = [{"id": name, "features": f"{name}.safetensors"} for name in ("old", "foreign")]
+    (tmp_path / "bags.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    others = ("--bags", tmp_path / "bags.jsonl")
+    for arguments, expected in [
+        (
+            (*bags, "--bag", "plain", *slide),
+            "plain.safetensors: there are no coords, so it is not known where its images",
+        ),
+        ((*bags, "--bag", "case", "--slide", tmp_path / "c.tif"), "a.tif, not of "),
+        (
+            (*others, "--bag", "old", *slide),
+            "old.safetensors: coords do not say on which of several slides a tile lies;",
+        ),
+        ((*others, "--bag", "foreign", *slide, *slide), "extract the features anew, or give the one --slide."),
+        ((*bags, "--check", *slide), "show: --check is about every bag; leave --slide out."),
+    ]:
+        assert expected in refusal(tmp_path, "show", *arguments, "--out", tmp_path / "o"), arguments
+
+
+def test_slides_are_cut_as_extract_cuts_them_and_no_tile_is_kept_twice(shop, case, monkeypatch):
+    model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
+    processor = MivpgProcessor.from_pretrained(shop / "model")
+    made: list[weakref.ref] = []
+
+    def embed(*arguments):
+        part = embed_images(*arguments)
+        assert sum(reference() is not None for reference in made) <= 1  # of all tiles so far those of the last step
+        made.append(weakref.ref(part.image_embeds))
+        return part
+
+    monkeypatch.setattr(show, "TILES_AT_ONCE", 1)
+    monkeypatch.setattr(show, "embed_images", embed)
+    slides = [case / "b.tif", case / "a.tif"]
+    bag, tiles = cut_slides(model, processor, slides, SMALL, prompt="see")
+    image_embeds, coords = read_features(load_bag_file(case / "bags.jsonl")[0].features)
+    assert len(made) == len(image_embeds) > 4
+    torch.testing.assert_close(bag.image_embeds, image_embeds, atol=1e-5, rtol=0)
+    assert torch.equal(bag.image_coords, coords)
+    for of_slide, slide in zip(tiles, slides, strict=True):
+        assert of_slide.corners.tolist() == [[tile.x, tile.y] for tile in find_tiles(slide, SMALL)]
 
 
 # ── Pictures ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,10 @@
 """The likelihood of a caption token by token, what removing images does to it, and what is said of the outcome."""
 
+import random
 from copy import copy
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +15,16 @@ from families import save_blip2
 from mivpg import (
     Bag,
     BagCollator,
-    BagError,
     GenerationOptions,
     MivpgError,
     MivpgForConditionalGeneration,
     MivpgProcessor,
 )
 from mivpg.bags import Sample
+from mivpg.layers import PyramidPositionEncoding
 from mivpg.likelihood import (
     NUM_DRAWS,
+    _choices,
     caption_log_likelihoods,
     check_table,
     check_weights,
@@ -141,6 +144,53 @@ def test_of_many_choices_some_are_drawn_and_always_the_same(opt, monkeypatch):
     assert exact.random == pytest.approx(np.mean(sums) - exact.log_likelihood, rel=1e-4)
 
 
+def test_of_two_images_a_random_one_is_the_most_or_the_least_attended(opt):
+    removal = remove_images(*opt, random_bag(2), "a chair", [0.3, 0.7])
+    assert removal.random == pytest.approx((removal.most + removal.least) / 2, abs=1e-5)
+    assert abs(removal.most - removal.least) > 1e-2  # the control
+
+
+def test_what_is_left_of_a_slide_stays_in_its_cells(opt, monkeypatch):
+    """PPEG cell by cell: of five columns, on two rows and one far below, every second is taken away, and others."""
+    model = MivpgForConditionalGeneration.from_pretrained(
+        opt[0].name_or_path, patch_pooling="mean", position_encoding="ppeg"
+    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    for part in model.modules():
+        if isinstance(part, PyramidPositionEncoding):
+            for parameter in part.parameters():
+                parameter.data.normal_(0.0, 0.2, generator=generator)
+    cells = [(row, column) for column in range(5) for row in (0, 1, 13)]
+    bag = random_bag(15)
+    bag.image_coords = torch.tensor([[column * 64.5, row * 64.5] for row, column in cells]).round()
+    weights = [1.0 if column in (1, 3) else 0.1 * column for row, column in cells]  # what is left: columns 0, 2 and 4
+    by_weight = np.argsort(-np.asarray(weights), kind="stable").tolist()
+    removed = [(), by_weight[:6], by_weight[-6:], *_choices(15, 6, random.Random("removal 0 bag"))]
+    kept = [[index for index in range(15) if index not in those] for those in removed]
+
+    monkeypatch.setattr("mivpg.likelihood.SHARE_REMOVED", 0.4)
+    seen = []
+    parts = [part for part in model.modules() if isinstance(part, PyramidPositionEncoding)]
+    hook = parts[0].register_forward_hook(lambda part, args, output: seen.extend(zip(args[0], output, strict=True)))
+    remove_images(model, opt[1], bag, "a chair", weights, batch_size=4)
+    hook.remove()
+    assert len(seen) == len(kept) == 3 + NUM_DRAWS
+    for (instances, encoded), those in zip(seen, kept, strict=True):
+        at = {cells[index]: instances[number] for number, index in enumerate(those)}
+        for number, index in enumerate(those):
+            row, column = cells[index]
+            expected = instances[number].clone()
+            for convolution in parts[0].convolutions:
+                reach = convolution.kernel_size[0] // 2
+                expected += convolution.bias
+                for down in range(-reach, reach + 1):
+                    for right in range(-reach, reach + 1):
+                        neighbour = at.get((row + down, column + right))
+                        if neighbour is not None:
+                            expected += convolution.weight[:, 0, down + reach, right + reach] * neighbour
+            torch.testing.assert_close(encoded[number], expected, atol=1e-4, rtol=0)
+
+
 def test_a_bag_of_one_image_has_nothing_to_remove(opt):
     with pytest.raises(MivpgError, match="bag 'lone' has one image"):
         remove_images(*opt, random_bag(1, "lone"), "a", [1.0])
@@ -178,6 +228,31 @@ def test_over_a_data_set(opt, tmp_path):
         check_weights(*opt, samples[:1], **options)
 
 
+def test_bags_with_and_without_coordinates_stand_in_one_file(opt, tmp_path):
+    samples = []
+    for number in (2, 3, 4):
+        tensors = {"image_embeds": random_bag(number).image_embeds}
+        if number == 3:
+            tensors["coords"] = torch.tensor([[0.0, 0], [5, 0], [0, 5]])
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+        samples.append(Sample(id=f"bag {number}", features=tmp_path / f"{number}.safetensors"))
+    options = {"generation": GenerationOptions(num_beams=1, max_new_tokens=3)}
+    checked = check_weights(*opt, samples, **options)
+    assert [bag["id"] for bag in checked["bags"]] == ["bag 2", "bag 3", "bag 4"]
+    for sample, together in zip(samples, checked["bags"], strict=True):
+        (alone,) = check_weights(*opt, [sample], **options)["bags"]
+        assert alone["caption"] == together["caption"]
+        assert alone["most"] == pytest.approx(together["most"], abs=1e-4)
+
+
+def test_another_aggregator_is_refused_before_anything_is_read(opt, monkeypatch):
+    model, processor = opt
+    monkeypatch.setattr(model.config, "aggregator", "qformer_per_image")
+    nowhere = [Sample(id="x", images=(Path("nowhere.png"),))]
+    with pytest.raises(MivpgError, match="'qformer_per_image': weights of images are MIVPG's"):
+        check_weights(model, processor, nowhere, generation=GenerationOptions())
+
+
 def interval(low: float, high: float) -> dict[str, float]:
     return {"mean": (low + high) / 2, "low": low, "high": high}
 
@@ -199,21 +274,3 @@ def test_a_limit_of_training_cuts_nothing_that_is_read_back(opt):
     found = caption_log_likelihoods(model, short, [bag], [caption])
     assert torch.equal(found, caption_log_likelihoods(model, processor, [bag], [caption]))
     assert short.max_caption_tokens == 3
-
-
-def test_a_bag_of_which_nothing_can_be_taken_is_passed_over(opt, tmp_path, monkeypatch, capsys):
-    samples = []
-    for number in (2, 3):
-        file = tmp_path / f"{number}.safetensors"
-        save_file({"image_embeds": random_bag(number).image_embeds}, file)
-        samples.append(Sample(id=f"bag {number}", features=file))
-
-    def refusing(model, processor, bag, *args, **options):
-        if bag.id == "bag 2":
-            raise BagError("bag 'bag 2': no lattice.")
-        return remove_images(model, processor, bag, *args, **options)
-
-    monkeypatch.setattr("mivpg.likelihood.remove_images", refusing)
-    checked = check_weights(*opt, samples, generation=GenerationOptions(num_beams=1, max_new_tokens=3))
-    assert [bag["id"] for bag in checked["bags"]] == ["bag 3"]
-    assert "bag 'bag 2': no lattice. The bag is passed over." in capsys.readouterr().out

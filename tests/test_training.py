@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from mivpg import training
 from mivpg.bags import BagDataset, BagSampler
@@ -57,9 +58,9 @@ def scores(monkeypatch) -> list[float]:
     return script
 
 
-def run_script(*arguments: str | Path, processes: int = 1) -> tuple[int, str]:
-    """The exit code, and what was written."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+def run_script(*arguments: str | Path, processes: int | None = None) -> tuple[int, str]:
+    """The exit code, and what was written; by `torchrun` where a number of processes is given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
     with tempfile.TemporaryFile("w+") as output:  # a pipe would end with a killed run's readers, seconds after it
         run = subprocess.run(
             [sys.executable, *launcher, SCRIPT, *arguments],
@@ -67,6 +68,7 @@ def run_script(*arguments: str | Path, processes: int = 1) -> tuple[int, str]:
             stdout=output,
             stderr=subprocess.STDOUT,
             check=False,
+            timeout=300,
         )
         output.seek(0)
         return run.returncode, output.read()
@@ -85,25 +87,38 @@ def checkpoints(run_dir: Path) -> list[int]:
 # However a batch is divided
 
 
+PHOTOS, PERCEIVER = {"bags": "photos.jsonl"}, {"aggregator": "perceiver"}
+RUNS = {"opt": {}, "t5": {"language": "t5"}, "photos": PHOTOS, "perceiver": PERCEIVER, "both": PHOTOS | PERCEIVER}
+"""From features where nothing else is said, and by MIVPG."""
+
+
 @pytest.fixture(scope="module")
 def two_processes(world, tmp_path_factory) -> Path:
-    """Runs `opt` and `t5`, each by two processes with batches of 4."""
+    """All of `RUNS` by two processes with batches of 4; then `opt` again, whose second process is killed in step 4."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [{"output_dir": str(folder / name), "language": name, "batch_size": 4} for name in ("opt", "t5")]
-    code, output = run_script(world, json.dumps(runs), processes=2)
-    assert code == 0, output
+    runs = [{"output_dir": str(folder / name), "batch_size": 4} | run for name, run in RUNS.items()]
+    bags = (world / "bags.jsonl").read_text().splitlines(keepends=True)
+    (world / "one_val.jsonl").write_text("".join(bags[:-4]))  # 21 to train on
+    runs.append(runs[0] | {"output_dir": str(folder / "one_val"), "bags": "one_val.jsonl", "num_train_epochs": 1})
+    runs.append(runs[0] | {"output_dir": str(folder / "killed")})
+    kill = ("--kill-at", "4", "--kill-rank", "1")
+    code, output = run_script(world, json.dumps(runs), *kill, "--note-captioned", processes=2)
+    assert (folder / "one_val" / "best").exists(), output
+    (folder / "output.txt").write_text(f"{code}\n{output}")
     return folder
 
 
-@pytest.mark.parametrize("language", ["opt", "t5"])
-def test_division_of_a_batch_does_not_change_the_losses(world, two_processes, tmp_path, language, record_property):
+@pytest.mark.parametrize("name", RUNS)
+def test_division_of_a_batch_does_not_change_the_losses(world, two_processes, tmp_path, name, record_property):
     whole, divided = tmp_path / "whole", tmp_path / "divided"
-    train(tiny_train_config(world, output_dir=whole, language=language, batch_size=8))
-    train(tiny_train_config(world, output_dir=divided, language=language, batch_size=2, gradient_accumulation_steps=4))
+    run = RUNS[name]
+    train(tiny_train_config(world, output_dir=whole, batch_size=8, **run))
+    if in_parts := name in ("opt", "t5"):
+        train(tiny_train_config(world, output_dir=divided, batch_size=2, gradient_accumulation_steps=4, **run))
     expected = torch.tensor(logged(whole, "loss"))
     assert len(expected) == 6  # 21 bags: two blocks of 8 and one of 5, twice
     assert expected.max() - expected.min() > 0.1
-    for run_dir in (divided, two_processes / language):
+    for run_dir in (divided, two_processes / name) if in_parts else (two_processes / name,):
         losses = torch.tensor(logged(run_dir, "loss"))
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
         record_property(
@@ -111,7 +126,79 @@ def test_division_of_a_batch_does_not_change_the_losses(world, two_processes, tm
             (losses - expected).abs().max().item(),
         )
         assert_close_weights(run_dir / "best", whole / "best")
-        assert logged(run_dir, "eval_BLEU@4") == pytest.approx(logged(whole, "eval_BLEU@4"))
+        for metric in ("eval_BLEU@4", "eval_CIDEr"):
+            assert logged(run_dir, metric) == pytest.approx(logged(whole, metric))
+
+
+@pytest.mark.parametrize(("name", "num_bags", "num_epochs"), [("opt", 5, 2), ("one_val", 1, 1)])
+def test_two_processes_score_each_bag_once(world, two_processes, name, num_bags, num_epochs):
+    shares = [(two_processes / name / f"captioned-{rank}.txt").read_text().split() for rank in range(2)]
+    expected = Counter({f"bag{21 + number}": num_epochs for number in range(num_bags)})
+    assert Counter(shares[0] + shares[1]) == expected
+    assert len(shares[0]) - len(shares[1]) == num_epochs
+
+
+def test_one_of_two_processes_is_killed(world, two_processes, tmp_path, capsys):
+    """The other ends, too, with a message; the run goes on in one process, with the losses that two would have had."""
+    code, output = (two_processes / "output.txt").read_text().split("\n", 1)
+    assert int(code) != 0
+    assert "Signal 9 (SIGKILL) received by PID" in output
+    killed = shutil.copytree(two_processes / "killed", tmp_path / "killed")
+    assert checkpoints(killed) == [3]
+    config = tiny_train_config(world, output_dir=killed, batch_size=4)
+    with pytest.raises(MivpgError, match="gradient_accumulation_steps x processes = 8 and is resumed with 4"):
+        train(config, resume=True)
+    train(replace(config, batch_size=8), resume=True)
+    assert "Resuming from step 3 (epoch 1.00)." in capsys.readouterr().out
+    losses, expected = (torch.tensor(logged(run_dir, "loss")) for run_dir in (killed, two_processes / "opt"))
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
+    assert_close_weights(killed / "best", two_processes / "opt" / "best")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_two_processes(world, two_processes, tmp_path):
+    """One that one process began, and one that two began."""
+    alone = tmp_path / "alone"
+    crash_after(tiny_train_config(world, output_dir=alone, gradient_accumulation_steps=2, batch_size=4), step=4)
+    killed = shutil.copytree(two_processes / "killed", tmp_path / "killed")
+    runs = [{"output_dir": str(run_dir), "batch_size": 4} for run_dir in (alone, killed)]
+    code, output = run_script(world, json.dumps(runs), "--resume", processes=2)
+    assert code == 0, output
+    assert output.count("Resuming from step 3 (epoch 1.00).") == 2
+    expected = torch.tensor(logged(two_processes / "opt", "loss"))
+    for run_dir in (alone, killed):
+        torch.testing.assert_close(torch.tensor(logged(run_dir, "loss")), expected, rtol=0, atol=1e-5)
+        assert_close_weights(run_dir / "best", two_processes / "opt" / "best")
+
+
+def test_dropout_of_a_run_that_goes_on_elsewhere(world, tmp_path, scores):
+    """With another number of processes masks cannot be those of an unbroken run, and are not those of its beginning."""
+    run_dir = tmp_path / "run"
+    config = tiny_train_config(world, output_dir=run_dir, dropout=0.1)
+    crash_after(config, step=4)
+    (run_dir / "checkpoint-3" / "rng_state.pth").rename(run_dir / "checkpoint-3" / "rng_state_0.pth")
+    shutil.copy(run_dir / "checkpoint-3" / "rng_state_0.pth", run_dir / "checkpoint-3" / "rng_state_1.pth")
+    seeds = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "set_seed", lambda seed: seeds.append(seed) or set_seed(seed))
+        train(config, resume=True)
+    assert seeds == [42, 45]
+
+
+def test_several_gpus_without_torchrun_are_used_singly(world, tmp_path, monkeypatch):
+    """What transformers would run under DataParallel."""
+
+    device = TrainingArguments.device.fget
+
+    def with_four_gpus(self):
+        found = device(self)
+        self._n_gpu = 4
+        return found
+
+    monkeypatch.setattr(TrainingArguments, "device", property(with_four_gpus))
+    config = tiny_train_config(world, output_dir=tmp_path / "run")
+    args = training._training_arguments(config, num_pairs=21, validate=True)
+    assert args.n_gpu == 1 and args.train_batch_size == config.batch_size
 
 
 @pytest.mark.parametrize(("option", "tolerance"), [("gradient_checkpointing", 1e-5), ("bf16", 0.05)])
@@ -455,7 +542,7 @@ def test_an_unreadable_validation_bag_costs_itself_alone(world, tmp_path, capsys
     broken["features"] = "broken.npy"
     (tmp_path / "bags.jsonl").write_text("\n".join(map(json.dumps, records)))
     config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=1)
-    config.dataset.bag_file.path = tmp_path / "bags.jsonl"
+    config.dataset.bag_file.path, config.dataset.bag_file.root = tmp_path / "bags.jsonl", Path("/")
     train(config)
     said = capsys.readouterr().out
     assert said.count(f"bag {broken['id']!r}") == 1 and "counts as an empty caption" in said

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from mivpg.visualization import STYLE, as_png
+from mivpg.visualization import STYLE, as_png, draw_grid, draw_head_panels
 
 EVEN_COLORS = "viridis"
 """Perceptually even: twice the step in weight looks like twice the step in colour. `jet`, which the paper has, draws
@@ -98,12 +96,8 @@ def draw_patches(photo: Image.Image, maps: Sequence[PatchMap], *, title: str) ->
 
 def _draw_over(axes: Axes, photo: Image.Image, patches: PatchMap) -> None:
     """The photo in grey, and its patches as they are, without smoothing, so that none is taken for more than it is."""
-    scale = Normalize(0, patches.largest)
-    axes.imshow(photo.convert("L"), cmap="gray", vmin=0, vmax=255)
-    extent = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5)
-    drawn = axes.imshow(
-        patches.grid, cmap=patches.colors, norm=scale, alpha=0.6, interpolation="nearest", extent=extent
-    )
+    how = {"cmap": patches.colors, "norm": Normalize(0, patches.largest), "alpha": 0.6, "interpolation": "nearest"}
+    drawn = draw_grid(axes, photo, patches.grid, **how)
     axes.set_title(patches.title)
     axes.figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
 
@@ -117,23 +111,17 @@ def draw_heads(heads: np.ndarray) -> bytes:
     Returns:
         A PNG: a row of panels a block, a column a head; in each a row a query and a column an image, on one scale.
     """
-    num_blocks, num_heads, num_queries, num_images = heads.shape
-    scale = Normalize(0, heads.max())
+    num_blocks, num_heads = heads.shape[:2]
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((max(1.1 * num_heads, 5) + 1.2, 1.5 * num_blocks + 0.8), layout="constrained")
         panels = figure.subplots(num_blocks, num_heads, sharex=True, sharey=True, squeeze=False)
-        extent = (0.5, num_images + 0.5, num_queries + 0.5, 0.5)
-        for block, row in enumerate(panels):
-            for head, axes in enumerate(row):
-                axes.imshow(heads[block, head], norm=scale, aspect="auto", interpolation="nearest", extent=extent)
-                if block == 0:
-                    axes.set_title(f"head {head + 1}")
-            row[0].set_ylabel(f"block {block + 1}\nquery")
-        axes = panels[0, 0]  # with which the others share theirs
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+        scale = draw_head_panels(panels.ravel(), heads.reshape(-1, *heads.shape[2:]), num_ticks=(4, 4))
+        for head, axes in enumerate(panels[0], start=1):
+            axes.set_title(f"head {head}")
+        for block, axes in enumerate(panels[:, 0], start=1):
+            axes.set_ylabel(f"block {block}\nquery")
         figure.supxlabel("image", fontsize="medium")
-        figure.colorbar(ScalarMappable(scale), ax=panels.ravel().tolist(), fraction=0.03, pad=0.01, label="weight")
+        figure.colorbar(scale, ax=panels.ravel().tolist(), fraction=0.03, pad=0.01, label="weight")
         return as_png(figure, dpi=110)
 
 

@@ -408,6 +408,6 @@ def read_record(line: bytes) -> dict[str, Any]:
     """The object on a line, empty if there is none."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}

@@ -10,13 +10,16 @@ import copy
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -32,21 +35,62 @@ from mivpg.loading import (
     split_fields,
     vision_output_shape,
 )
-from mivpg.model_card import Training, read_training, write_model_card
+from mivpg.model_card import CARD, Training, read_training, write_model_card
 
 FROZEN_PARTS = ("vision_model", "language_model")
 
 
-class CheckpointMixin(PreTrainedModel):
-    """Loading and saving of a model whose frozen parts lie elsewhere; what is frozen, `MivpgVisualPromptModel` says."""
+class CardMixin(PreTrainedModel):
+    """A model that is saved whole with its card, on disk and on the Hub."""
 
     config: MivpgConfig
+    _training: Training | None = None
+    """What the card of the folder that this was loaded from knows of its training."""
+    _base_of_card: Mapping[str, Mapping[str, Any]] | None = None
+    """The base, while `save_pretrained` keeps it out of `config.json`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As transformers', and remembers what the folder's card knows."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # the other is what `output_loading_info` asks for
+        model._training = read_training(Path(pretrained_model_name_or_path))
+        return loaded
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """Writes the whole model, base and all, for sharing; a captioner's `save_trained` writes only what trained."""
+        self._base_of_card, self.config.base = self.config.base, None
+        try:
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if is_main_process:
+                self._write_card(Path(save_directory))
+        finally:
+            self._base_of_card, self.config.base = None, self._base_of_card
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """What transformers calls to send a folder to the Hub, by `push_to_hub` and by `save_pretrained`.
+
+        Into the folder it has put the card that it found there, maybe that of another training, or one that it made up
+        itself. Ours takes that one's place, and its tags, which are those that the caller named.
+        """
+        card = Path(working_dir) / CARD
+        self._write_card(card.parent, tags=(metadata_load(card) or {}).get("tags") or [])
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _write_card(self, folder: Path, tags: Sequence[str] = ()) -> None:
+        base = self._base_of_card or self.config.base
+        write_model_card(
+            folder, self.config, base, is_whole=True, training=self._training, was_loaded=True, more_tags=tags
+        )
+
+
+class CheckpointMixin(CardMixin):
+    """Loading and saving of a model whose frozen parts lie elsewhere; what is frozen, `MivpgVisualPromptModel` says."""
+
     _names_outside_base: frozenset[str] = frozenset()
     """Weights that the base lacks: they were made new, so a checkpoint holds them even where they do not train."""
     _names_drawn: frozenset[str] = frozenset()
     """Weights among them that no file held: they were drawn at random, and start without effect."""
-    _training: Training | None = None
-    """What the card of the folder that this was loaded from knows of its training."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, base=None, **kwargs):
@@ -78,7 +122,6 @@ class CheckpointMixin(PreTrainedModel):
             raise MivpgError(f"{path}: {len(frozen)} weights of the frozen models are missing, first {frozen[0]}.")
         if PreTrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0]["model_type"] == MivpgConfig.model_type:
             model.language_model.generation_config = model.generation_config
-            model._training = read_training(Path(path))
         else:  # BLIP-2 writes captions as its language model's own settings say
             model.generation_config = model.language_model.generation_config
         model.freeze()
@@ -274,7 +317,11 @@ class CheckpointMixin(PreTrainedModel):
                     f"{file}: {name} is {tuple(weight.shape)}, the model's {tuple(tensors[name].shape)}; "
                     "it was trained with other options."
                 )
-        self.load_state_dict(weights, strict=False)
+        if isinstance(self, FSDPModule):  # each process holds a part of every weight
+            # A copy, to which the model's other weights are added.
+            set_model_state_dict(self, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+        else:
+            self.load_state_dict(weights, strict=False)
         # Once trained they differ from the base, also where they no longer train.
         self._names_outside_base |= weights.keys()
         self._names_drawn -= weights.keys()
@@ -286,17 +333,6 @@ class CheckpointMixin(PreTrainedModel):
             if name not in self._names_drawn:
                 sha256.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return sha256.hexdigest()
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Writes the whole model, base and all, for sharing; `save_trained` writes only what trained."""
-        base, self.config.base = self.config.base, None
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.base = base
-        if kwargs.get("is_main_process", True):
-            folder = Path(save_directory)
-            write_model_card(folder, self.config, base, is_whole=True, training=self._training, was_loaded=True)
 
 
 def is_named(name: str, parts: Iterable[str]) -> bool:

@@ -110,8 +110,12 @@ class Prediction:
         return int(np.argmax(self.probabilities))
 
 
-def load_labelled_bags(path: Path) -> BagSet:
+def load_labelled_bags(path: Path, *, root: Path | None = None) -> BagSet:
     """Bags with labels: an `.npz` of the whole set, or a bag file with a label and a features file a bag.
+
+    Args:
+        path: The file.
+        root: Of a bag file, as in `load_bag_file`.
 
     Raises:
         MivpgError: There is no such file, or it is not as it has to be.
@@ -123,7 +127,7 @@ def load_labelled_bags(path: Path) -> BagSet:
         return read_bag_set(path)
     if suffix not in (".jsonl", ".csv"):
         raise MivpgError(f"{path} ends in {path.suffix!r}, expected a bag set, .npz, or a bag file, .jsonl or .csv.")
-    samples = load_bag_file(path)
+    samples = load_bag_file(path, root=root)
     for sample in samples:
         if sample.label is None:
             raise BagError(f"{path}: bag {sample.id!r} has no label, expected one of each bag.")
@@ -217,10 +221,14 @@ def train_classifier(model: MivpgForBagClassification, bags: Sequence[LabelledBa
             batch = [bags[index] for index in order[start : start + config.batch_size]]
             labels = torch.tensor([bag.label for bag in batch], device=model.device)
             loss = model(**collate(batch, model.device), labels=labels).loss
-            if not loss.isfinite():
-                raise MivpgError(f"the loss is {loss.item()} in epoch {epoch}; take a lower learning_rate.")
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if not (loss.isfinite() and grad_norm.isfinite()):
+                ids = ", ".join(bag.id for bag in batch)
+                raise MivpgError(
+                    f"the loss is {loss.item()} and its gradient's norm {grad_norm.item()} in epoch {epoch}, at the "
+                    f"bags {ids}; take a lower learning_rate."
+                )
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """The command line. Results meant for machines are files; what is meant for people goes to the terminal.
 
-What a user's input can cause ends in one line on standard error and exit code 1, a wrong command line in 2.
+What a user's input can cause ends in one line on standard error and exit code 1, a wrong command line in 2. A run over
+many bags that has passed some over, because they could not be read, ends in 3.
 """
 
 import difflib
@@ -25,6 +26,34 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; a command im
     from mivpg.slides import TileOptions
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# What several commands take, with what their help says of it.
+DtypeOfFrozen = Annotated[Dtype, Parameter(help="Of the frozen models; auto is as they are stored.")]
+ModelName = Annotated[
+    str | None,
+    Parameter(
+        help="A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes "
+        "with the package."
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    Parameter(
+        help="Text that the model reads before it writes; the caption does not contain it. By default the prompt that "
+        "the model was trained with, else none."
+    ),
+]
+NumBeams = Annotated[int, Parameter(help="Captions kept at each token; 1 is the fastest.")]
+MaxNewTokens = Annotated[int, Parameter(help="Longest caption, in tokens.")]
+Root = Annotated[
+    Path | None,
+    Parameter(
+        help="The folder in which all that the bag file names has to lie, `/` = anywhere; by default that of the file."
+    ),
+]
+
+SOME_UNREADABLE = 3
+"""The exit code of a run that is done, but for bags that could not be read."""
 
 
 def versions() -> str:
@@ -102,7 +131,8 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
         """Fine-tune on bags with captions, as a YAML file says; options here override the file.
 
         Args:
-            resume: Go on from the newest checkpoint in `output_dir`, with the same file, data and number of processes.
+            resume: Go on from the newest checkpoint in `output_dir`, with the same file, data and bags a step
+                (batch_size x gradient_accumulation_steps x processes).
         """
         quiet_transformers()
         best = run(config, resume=resume)
@@ -115,31 +145,25 @@ def train(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show=F
 @app.command
 def caption(
     *images: Path,
-    model: str | None = None,
+    model: ModelName = None,
     bags: Path | None = None,
+    root: Root = None,
     out: Path | None = None,
-    prompt: str | None = None,
+    prompt: Prompt = None,
     strict: bool = False,
     batch_size: int = 8,
-    num_beams: int = 5,
-    max_new_tokens: int = 64,
-    dtype: Dtype = "auto",
+    num_beams: NumBeams = 5,
+    max_new_tokens: MaxNewTokens = 64,
+    dtype: DtypeOfFrozen = "auto",
 ) -> None:
     """Caption one bag of images, or a file of bags.
 
     Args:
         images: The images of one bag; its caption is printed.
-        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
-            with the package.
         bags: Instead of images, a bag file (JSON lines or CSV).
         out: Where the captions of a bag file go, JSON lines in the order of its bags. An interrupted run goes on there.
-        prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt that
-            the model was trained with, else none.
         strict: Stop at a bag that cannot be read, instead of recording it and going on.
         batch_size: Bags captioned at once.
-        num_beams: Captions kept at each token; 1 is the fastest.
-        max_new_tokens: Longest caption, in tokens.
-        dtype: Of the frozen models; auto is as they are stored.
     """
     from mivpg.bags import Bag
     from mivpg.captioning import GenerationOptions, caption_bags, caption_file
@@ -166,7 +190,7 @@ def caption(
         return
     assert out is not None
     refuse_several_processes()
-    samples = load_bag_file(bags)
+    samples = load_bag_file(bags, root=root)
     refuse_existing(out)
     loaded, processor = load(model, dtype)
     counts = caption_file(
@@ -180,60 +204,59 @@ def caption(
         strict=strict,
     )
     print(f"{out}: {counts.num_bags} bags, {counts.num_failed} of them could not be read.")
+    if counts.num_failed:
+        sys.exit(SOME_UNREADABLE)
 
 
 @app.command
 def show(
     *images: Path,
-    model: str | None = None,
+    model: ModelName = None,
     bags: Path | None = None,
+    root: Root = None,
     bag: str | None = None,
-    slide: Path | None = None,
+    slide: Annotated[list[Path] | None, Parameter(negative="")] = None,
     out: Path,
     check: bool = False,
     split: Literal["train", "val", "test", "all"] = "all",
-    prompt: str | None = None,
+    prompt: Prompt = None,
     batch_size: int = 8,
-    num_beams: int = 5,
-    max_new_tokens: int = 64,
-    dtype: Dtype = "auto",
+    num_beams: NumBeams = 5,
+    max_new_tokens: MaxNewTokens = 64,
+    dtype: DtypeOfFrozen = "auto",
 ) -> None:
     """Caption one bag and show what was looked at: a page, pictures, arrays; and whether it mattered.
 
     Args:
         images: The images of one bag.
-        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
-            with the package.
         bags: Instead of images, a bag file (JSON lines or CSV); a bag may hold features with coordinates.
         bag: The id of the bag in it, where it has several.
-        slide: The slide that the bag's coordinates lie on. Without a bag it is cut into tiles, as `mivpg extract` does
-            by default, and they are the bag.
+        slide: The slide that the bag's coordinates lie on; of a case, each of its slides, given one by one. Without a
+            bag it is cut into tiles, as `mivpg extract` does by default, and they are the bag.
         out: A new or empty folder; the page is attention.html in it.
         check: Instead, take images out of every bag of the bag file and see whether the most attended are missed; the
             numbers go to check.json.
         split: Of the bag file, with --check.
-        prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt that
-            the model was trained with, else none.
         batch_size: Bags at once, with --check.
-        num_beams: Captions kept at each token; 1 is the fastest.
-        max_new_tokens: Longest caption, in tokens.
-        dtype: Of the frozen models; auto is as they are stored.
     """
     from mivpg.bags import Bag, BagDataset, select
     from mivpg.captioning import GenerationOptions
     from mivpg.datasets.bag_file import load_bag_file
     from mivpg.files import refuse_used
     from mivpg.images import open_image
-    from mivpg.show import cut_slide, look_at_bag, summary, write_shown
-    from mivpg.slides import TileOptions
+    from mivpg.show import cut_slides, look_at_bag, summary, tiles_on_slides, write_shown
+    from mivpg.slides import TileOptions, open_slide
 
-    if bool(images) + (bags is not None) + (slide is not None and bags is None) != 1:
+    slides = slide or []
+    if bool(images) + (bags is not None) + (bool(slides) and bags is None) != 1:
         raise MivpgError("show: give the images of one bag, or --bags FILE, or --slide FILE.")
     if (check or bag is not None) and bags is None:
         raise MivpgError(f"show: {'--check' if check else '--bag'} is about a bag file; give --bags FILE.")
+    if check and (slides or bag is not None):
+        raise MivpgError(f"show: --check is about every bag; leave {'--slide' if slides else '--bag'} out.")
     refuse_used(out)
     generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
-    samples = [] if bags is None else load_bag_file(bags)
+    samples = [] if bags is None else load_bag_file(bags, root=root)
     if check:
         if not (in_split := select(samples, split)):
             raise MivpgError(f"{bags}: none of its {len(samples)} bags is in split {split!r}.")
@@ -244,18 +267,24 @@ def show(
         known = ", ".join(repr(sample.id) for sample in samples[:3])
         found = f"no bag {bag!r}" if not chosen else f"{len(samples)} bags, so --bag has to name one"
         raise MivpgError(f"{bags} has {found}; ids are {known}{', …' if len(samples) > 3 else ''}.")
-    pictures = [open_image(path) for path in images]  # before the model, which takes longer to load
+    # What is wrong with files shows before the model is loaded, which takes longer.
+    pictures = [open_image(path) for path in images]
+    for path in slides:
+        open_slide(path)
+    names, tiles = [path.name for path in images or (chosen[0].images if chosen else ())], None
+    if chosen:
+        opened = BagDataset(chosen)[0]
+        tiles = tiles_on_slides(chosen[0], opened, slides) if slides else None
     loaded, processor = load(model, dtype)
     prompt = processor.prompt if prompt is None else prompt
-    names, span = [path.name for path in images or (chosen[0].images if chosen else ())], None
-    if chosen:
-        opened = BagDataset(chosen, prompt=prompt)[0]
-    elif slide is not None:
-        opened, span = cut_slide(loaded, processor, slide, TileOptions(), prompt=prompt)
-    else:
+    if images:
         title = f"{len(images)} image{'s' if len(images) > 1 else ''}"
         opened = Bag(id=title, images=pictures, image_embeds=None, image_coords=None, prompt=prompt, caption=None)
-    shown = look_at_bag(loaded, processor, opened, generation=generation, names=names, slide=slide, span=span)
+    elif not chosen:
+        opened, tiles = cut_slides(loaded, processor, slides, TileOptions(), prompt=prompt)
+    elif chosen[0].prompt is None:
+        opened.prompt = prompt
+    shown = look_at_bag(loaded, processor, opened, generation=generation, names=names, tiles=tiles)
     write_shown(shown, out, model=model or "the miniature that comes with the package")
     print(f"{summary(shown)}\n{out / 'attention.html'}")
 
@@ -314,6 +343,7 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
         store_dtype: Literal["float32", "bfloat16", "float16"] = "float16",
         batch_size: int = 64,
         dtype: Dtype = "auto",
+        strict: bool = False,
     ) -> None:
         """Run the frozen vision model once on every image of a data set.
 
@@ -331,9 +361,11 @@ def extract(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, show
             store_dtype: Of the stored features; float32 keeps all bits, the others half of them.
             batch_size: Images that the vision model sees at once.
             dtype: Of the vision model; auto is as it is stored.
+            strict: Stop at a bag that cannot be read, instead of recording it (errors.jsonl in the store) and going on.
         """
         dataset.features = None  # the file may name the store that is made here
-        run_extraction(model, dataset.load(), out, tiling or TileOptions(), tokens, store_dtype, batch_size, dtype)
+        tiling = tiling or TileOptions()
+        run_extraction(model, dataset.load(), out, tiling, tokens, store_dtype, batch_size, dtype, strict)
 
     parse("mivpg extract CONFIG.yaml", start, arguments, only=("dataset",))
 
@@ -347,12 +379,13 @@ def run_extraction(
     store_dtype: str,
     batch_size: int,
     dtype: Dtype,
+    strict: bool,
 ) -> None:
     """Loads the model, fills the store and writes its bag file."""
     import torch
 
     from mivpg.datasets.bag_file import write_bag_file
-    from mivpg.features import extract_features, store_name
+    from mivpg.features import ERRORS, extract_features, store_name
 
     loaded, processor = load(model, dtype)
     tiles = tiling if any(sample.slides for sample in samples) else None
@@ -366,10 +399,14 @@ def run_extraction(
         dtype=getattr(torch, store_dtype),
         batch_size=batch_size,
         tiling=tiling,
+        strict=strict,
     )
     if is_first_process():
         write_bag_file(folder / "bags.jsonl", extracted)
         print(folder / "bags.jsonl")
+        if num_failed := len(samples) - len(extracted):
+            complain(f"{num_failed} of {len(samples)} bags could not be read; {folder / ERRORS} says why.")
+            sys.exit(SOME_UNREADABLE)
 
 
 evaluate_app = App(
@@ -394,10 +431,10 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
         dataset: DatasetConfig,
         out: Path,
         split: Literal["train", "val", "test", "all"] = "test",
-        prompt: str | None = None,
+        prompt: Prompt = None,
         batch_size: int = 8,
         validation: Annotated[GenerationOptions | None, Parameter(name=("*", "--validation"))] = None,
-        dtype: Dtype = "auto",
+        dtype: DtypeOfFrozen = "auto",
         seed: int = 0,
         strict: bool = False,
     ) -> None:
@@ -411,11 +448,8 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
             out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending, a page for people to
                 that with `.html`.
             split: Which bags.
-            prompt: Text that the model reads before it writes; the caption does not contain it. By default the prompt
-                that the model was trained with, else none.
             batch_size: Bags captioned at once.
             validation: How captions are written, as in the YAML file of the training run.
-            dtype: Of the frozen models; auto is as they are stored.
             seed: Of the random floor.
             strict: Stop at a bag that cannot be read, instead of leaving it out.
         """
@@ -446,7 +480,7 @@ def run_evaluation(
     from mivpg.captioning import caption_file, read_captions
     from mivpg.evaluation import CaptionScorer, evaluate_captions, format_table
     from mivpg.evaluation_report import write_evaluation_report
-    from mivpg.training import LOG_FILE
+    from mivpg.files import write_whole
 
     samples = dataset.load()
     if not (in_split := select(samples, split)):
@@ -485,16 +519,15 @@ def run_evaluation(
         raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read.")
     results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
     results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
-    out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_whole(out, json.dumps(results, indent=2) + "\n")
     given = asdict(dataset, dict_factory=lambda items: {name: value for name, value in items if value is not None})
     settings = {"model": model, "dataset": given, "split": split, "prompt": prompt, "dtype": dtype}
     settings |= {"validation": asdict(generation), "batch_size": batch_size, "seed": seed}
-    write_evaluation_report(
-        page, results, predictions, scored, training_log=Path(model).parent / LOG_FILE, settings=settings
-    )
+    write_evaluation_report(page, results, predictions, scored, settings=settings)
     print(format_table(results))
     if counts.num_failed:
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")
+        sys.exit(SOME_UNREADABLE)
 
 
 classify_app = App(name="classify", help="Classify bags with one label each, in a cross-validation.", help_flags=[])
@@ -509,7 +542,13 @@ def classify(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
     """
     from mivpg.classification import ClassifierConfig, cross_validate, load_labelled_bags
 
-    def start(config: Annotated[ClassifierConfig | None, Parameter(name="*")] = None, *, bags: Path, out: Path) -> None:
+    def start(
+        config: Annotated[ClassifierConfig | None, Parameter(name="*")] = None,
+        *,
+        bags: Path,
+        root: Root = None,
+        out: Path,
+    ) -> None:
         """Classify bags with one label each, in a cross-validation; a model is kept for each fold.
 
         Args:
@@ -518,7 +557,7 @@ def classify(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
             out: A new or empty folder, or that of an interrupted run, which then goes on.
         """
         quiet_transformers()
-        results = cross_validate(load_labelled_bags(bags), config or ClassifierConfig(), out)
+        results = cross_validate(load_labelled_bags(bags, root=root), config or ClassifierConfig(), out)
         for name, mean in results["mean"].items():
             print(f"{name:<14}{mean:.3f} ± {results['standard_deviation'][name]:.3f}")
         print(out / "metrics.json")
@@ -644,23 +683,20 @@ def reproduce(
 @app.command(name="app")
 def serve_page(
     *,
-    model: str | None = None,
+    model: ModelName = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     max_files: int = 32,
     max_file_mb: int = 50,
-    dtype: Dtype = "auto",
+    dtype: DtypeOfFrozen = "auto",
 ) -> None:
     """Serve a page to try a model in: drop photos, read the caption, see what it was read from.
 
     Args:
-        model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id; by default the miniature that comes
-            with the package.
         host: The address to listen on; the default is seen from this machine alone.
         port: By default the first free one from 7860.
         max_files: Photos that are read at once.
         max_file_mb: Largest file, in megabytes; slides need more.
-        dtype: Of the frozen models; auto is as they are stored.
     """
     from mivpg.app import check_installed, serve
 
@@ -705,7 +741,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         MivpgError: The file cannot be read.
         CycloptsError: A field is unknown, missing or of another type.
     """
-    import yaml
+    from mivpg.files import read_yaml
 
     if not arguments:
         raise MivpgError(f"name what to do: {usage} [--FIELD VALUE …].")
@@ -713,12 +749,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
     file, overrides = None, list(arguments)
     if overrides and not overrides[0].startswith("-"):
         file = Path(overrides.pop(0))
-        try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8"))
-            values = json.loads(json.dumps(values, default=str))  # names that look like numbers become text
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-            raise MivpgError(f"{file}: no YAML file that can be read: {reason}.") from None
+        values = read_yaml(file)
         if not isinstance(values, dict):
             found = "nothing" if values is None else type(values).__name__
             raise MivpgError(f"{file}: found {found}, expected fields and their values in YAML ({usage}).")
@@ -739,9 +770,12 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
             raise
         raise MivpgError(f"{file}: {name} is missing; add it, or {error.argument.name} on the command line.") from None
     except CoercionError as error:
-        if file is None or error.token is not None or error.argument is None:
+        of_command_line = error.token is not None and error.token.source != str(file)
+        if file is None or of_command_line or str(file) in str(error):
             raise
-        raise MivpgError(f"{file}: {field(error.argument.name)}: {error}") from None  # a list too short or too long
+        # a list too short or too long, or a list where fields were expected, of which cyclopts names no argument
+        where = "" if error.argument is None else f" {field(error.argument.name)}:"
+        raise MivpgError(f"{file}:{where} {error}") from None
 
 
 def field(name: str) -> str:

@@ -13,6 +13,7 @@ Other tools may put an axis of one before the others. Features without a patch a
 import hashlib
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mivpg.errors import BagError
+from mivpg.files import DAMAGE, check_is_file, check_unpacked
 
 NAMES = ("features", "feats")
 """What other tools call them."""
@@ -117,8 +119,7 @@ def _open(path: Path) -> AbstractContextManager[_Stored]:
     }
     if path.suffix not in openers:
         raise BagError(f"{path} ends in {path.suffix!r}, expected a features file, .safetensors, .npy, .h5 or .pt.")
-    if not path.is_file():
-        raise BagError(f"{path} does not exist or is not a file, expected stored features.")
+    check_is_file(path, "stored features", BagError)
     return openers[path.suffix](path)
 
 
@@ -126,7 +127,7 @@ def _open(path: Path) -> AbstractContextManager[_Stored]:
 def _open_safetensors(path: Path) -> Iterator[_Stored]:
     try:
         file = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise _unreadable(path, "safetensors file", error) from None
     with file:
         names = set(file.keys())
@@ -146,7 +147,7 @@ def _open_npy(path: Path) -> Iterator[_Stored]:
     """Maps the file into memory, which reads its header only and cannot hold pickled objects."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         raise _unreadable(path, ".npy file of numbers", error) from None
     yield _Stored(shape=array.shape, read=lambda: _tensor(path, array), coords_shape=None, read_coords=None)
 
@@ -157,25 +158,59 @@ def _open_hdf5(path: Path) -> Iterator[_Stored]:
         import h5py
     except ImportError:
         raise BagError(f"{path} is an HDF5 file, which takes h5py: pip install 'mivpg[slides]'.") from None
+
+    def read(name: str) -> Tensor:
+        check_unpacked(path, arrays[name].nbytes, BagError)
+        try:
+            return _tensor(path, arrays[name][()])
+        except BagError:
+            raise
+        except DAMAGE as error:  # cut short, or compressed by a filter that is not here
+            raise _unreadable(path, "HDF5 file", error) from None
+
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
+    except DAMAGE as error:
         raise _unreadable(path, "HDF5 file", error) from None
     with file:
-        arrays = {name: value for name, value in file.items() if isinstance(value, h5py.Dataset)}
-
-        def read(name: str) -> Tensor:
-            try:
-                return _tensor(path, arrays[name][()])
-            except OSError as error:  # cut short, or compressed by a filter that is not here
-                raise _unreadable(path, "HDF5 file", error) from None
-
+        try:
+            arrays = _own_arrays(path, file)
+        except BagError:
+            raise
+        except DAMAGE as error:
+            raise _unreadable(path, "HDF5 file", error) from None
         yield _of_another_tool(path, {name: array.shape for name, array in arrays.items()}, read)
+
+
+def _own_arrays(path: Path, file: Any) -> dict[str, Any]:
+    """The arrays of an HDF5 file, of which its format allows each to lie in any other file of the machine."""
+    import h5py
+
+    if not any(name in file for name in NAMES):
+        raise BagError(f"{path} holds {', '.join(file) or 'no array'}, expected {' or '.join(NAMES)}.")
+    arrays = {}
+    for name in (*NAMES, "coords"):
+        link = file.get(name, getlink=True)
+        if link is None:
+            continue
+        array = None if isinstance(link, h5py.ExternalLink) else file.get(name)
+        if not isinstance(array, h5py.Dataset) or array.shape is None:
+            raise BagError(f"{path}: {name} is no array of this file, expected one.")
+        if array.external or array.is_virtual or array.file != file:
+            raise BagError(f"{path}: {name} lies in another file, expected it in this one.")
+        arrays[name] = array
+    return arrays
 
 
 @contextmanager
 def _open_pt(path: Path) -> Iterator[_Stored]:
     """What torch can load without running code that the file names."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                check_unpacked(path, sum(member.file_size for member in archive.infolist()), BagError)
+        except DAMAGE as error:
+            raise _unreadable(path, ".pt file", error) from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -183,10 +218,14 @@ def _open_pt(path: Path) -> Iterator[_Stored]:
         raise BagError(
             f"{path} is no .pt file of tensors alone, and what else it holds is not run: {reason}."
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+    except DAMAGE as error:
         raise _unreadable(path, ".pt file", error) from None
     tensors = content if isinstance(content, dict) else {NAMES[0]: content}
-    tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {name: value.detach() for name, value in tensors.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+            raise BagError(f"{path}: {name} is {tensor.layout} on {tensor.device}, expected a plain tensor.")
+        check_unpacked(path, tensor.numel() * tensor.element_size(), BagError)  # one number can stand for all
     yield _of_another_tool(path, {name: tuple(value.shape) for name, value in tensors.items()}, tensors.__getitem__)
 
 

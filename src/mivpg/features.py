@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +30,7 @@ import PIL
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -55,6 +56,9 @@ NUM_WRITERS = 4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+ERRORS = "errors.jsonl"
+"""In a store, what is wrong with each bag that was passed over, `{"id", "error"}`; only where there is one."""
+
 MADE_OF = "made_of"
 """In the metadata of a bag's file: its id and its images, as JSON."""
 FOUND_AS = "found_as"
@@ -72,6 +76,7 @@ def extract_features(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
     tiling: TileOptions | None = None,
+    strict: bool = True,
 ) -> list[Sample]:
     """Runs the frozen vision model once on every image of every bag, with a progress bar on a terminal.
 
@@ -84,6 +89,10 @@ def extract_features(
     there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each process does
     its share of the bags.
 
+    A bag that cannot be read stops the run, or, if not `strict`, is logged, noted in `folder/errors.jsonl` and passed
+    over; the next run tries it again. In a batch its pictures are seen as blank ones, so that the other bags' features
+    are the same to the last bit whatever it is that cannot be read.
+
     Args:
         model: Sees in eval mode and is left in the mode it was found in.
         processor: The model's.
@@ -94,12 +103,14 @@ def extract_features(
         batch_size: Images that the vision model sees at once; bags of several sizes fill a batch. Another one can
             change the last bits of a feature.
         tiling: How slides are cut.
+        strict: Whether to stop at a bag that cannot be read, or that `dtype` cannot hold; those that were written are
+            kept.
 
     Returns:
-        The samples with `features` in place of `images` or `slides`.
+        The samples with `features` in place of `images` or `slides`, in their order, without those passed over.
 
     Raises:
-        BagError: A bag cannot be read, or `dtype` cannot hold its features; bags that were written are kept.
+        BagError: A bag cannot be read and `strict` is set, or two have one id, or it holds features already.
         MivpgError: There is no vision model, or the store was made otherwise: by another vision model, with other
             settings of the image processor, of other tokens, in another dtype, with another release of Pillow, or of
             images or coordinates that have changed since.
@@ -113,7 +124,8 @@ def extract_features(
         raise MivpgError("Features are made of images, but this model has no vision model or no image processor.")
     if tokens == "cls" and model.config.num_prefix_tokens == 0:
         raise MivpgError("tokens is 'cls', but this vision model has no such token; its images are patches alone.")
-    bags = _distinct(samples)
+    passed_over = _PassedOver(strict)
+    bags = _distinct(samples, passed_over)
     maker = _maker(model.vision_model, processor.image_processor) | {
         "tokens": tokens,
         "dtype": str(dtype).removeprefix("torch."),
@@ -128,11 +140,12 @@ def extract_features(
     num_there = 0
     mine = _share_of(bags, process.process_index, process.num_processes)
     for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
-        if (file := folder / name_in_store(bag.id)).exists():
-            _check_is_made_of(file, bag)
-            num_there += features_shape(file)[0]
-        else:
-            missing[bag.id] = _pictures_of(bag, tiling)
+        with passed_over.where_unreadable(bag):
+            if (file := folder / name_in_store(bag.id)).exists():
+                _check_is_made_of(file, bag)
+                num_there += features_shape(file)[0]
+            else:
+                missing[bag.id] = _pictures_of(bag, tiling)
     num_missing = sum(map(len, missing.values()))
 
     opened = _open_batches(processor, bags, missing, batch_size)
@@ -144,38 +157,47 @@ def extract_features(
         ThreadPoolExecutor(NUM_WRITERS) as writers,
         tqdm(total=num_there + num_missing, initial=num_there, unit="image", disable=None) as progress,
     ):
-        writing: list[Future[None]] = []  # the bags of one batch, while the model sees the next
+        writing: list[tuple[Sample, Future[None]]] = []  # the bags of one batch, while the model sees the next
         seen: list[tuple[list[Any], Tensor]] = []  # origin and features (P, D) of a bag that is not whole yet
         start = time.monotonic()
         for batch in opened:
             opening = time.monotonic() - start
             start = time.monotonic()
-            pixel_values, _ = pad_bags([image.pixel_values for image in batch])  # (n, 1, 3, h, w)
-            image_embeds = model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]  # (n, P, D)
-            if tokens == "cls":
-                image_embeds = image_embeds[:, :1]
-            rows = image_embeds.to("cpu", dtype)
+            for image in batch:
+                if image.error is not None:
+                    with passed_over.where_unreadable(image.bag):
+                        raise image.error
+            image_embeds = _see(model, batch)
+            rows = (image_embeds[:, :1] if tokens == "cls" else image_embeds).to("cpu", dtype)
             if not announced:
                 announced = True
                 # From now on the next batch is opened while the model sees one.
                 seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
                 num_bags = (len(missing), len(mine) - len(missing))
                 _announce(folder, num_missing, *num_bags, num_missing * rows[0].nbytes, seconds)
-            for written in writing:
-                written.result()
+            passed_over.wait_for(writing)
             writing = []
             for image, row in zip(batch, rows, strict=True):
                 if image.bag.id not in missing:
                     continue
                 seen.append((image.origin, row))
                 if len(seen) == len(missing[image.bag.id]):
-                    writing.append(writers.submit(_write_bag, folder, image.bag, missing[image.bag.id], seen))
+                    if image.bag.id not in passed_over.errors:
+                        written = writers.submit(_write_bag, folder, image.bag, missing[image.bag.id], seen)
+                        writing.append((image.bag, written))
                     seen = []
                 progress.update()
-        for written in writing:
-            written.result()
+        passed_over.wait_for(writing)
+    for of_process in gather_object([passed_over.errors]):  # which waits for everyone
+        passed_over.errors |= of_process
+    if process.is_main_process:
+        passed_over.note(folder / ERRORS, bags=samples)
     process.wait_for_everyone()
-    return [replace(sample, images=(), slides=(), features=folder / name_in_store(sample.id)) for sample in samples]
+    return [
+        replace(sample, images=(), slides=(), features=folder / name_in_store(sample.id))
+        for sample in samples
+        if sample.id not in passed_over.errors
+    ]
 
 
 def store_name(
@@ -190,22 +212,62 @@ def store_name(
     return f"{model}_{pixels}px_{tokens}_{dtype}{cut}"
 
 
-def _distinct(samples: Sequence[Sample]) -> list[Sample]:
-    """Each bag once.
+class _PassedOver:
+    """What is wrong with bags that cannot be read; with `strict` the first of them stops the run."""
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.errors: dict[str, str] = {}
+        """By id."""
+
+    @contextmanager
+    def where_unreadable(self, bag: Sample) -> Iterator[None]:
+        """Takes note of a `BagError`."""
+        try:
+            yield
+        except BagError as error:
+            if self.strict:
+                raise
+            if bag.id not in self.errors:
+                logger.warning("%s", error)
+                self.errors[bag.id] = str(error)
+
+    def wait_for(self, writing: list[tuple[Sample, Future[None]]]) -> None:
+        """Until these bags are on the disk."""
+        for bag, written in writing:
+            with self.where_unreadable(bag):
+                written.result()
+
+    def note(self, file: Path, bags: Sequence[Sample]) -> None:
+        """Writes errors in the order of the bags, and no file where there are none."""
+        if not self.errors:
+            file.unlink(missing_ok=True)
+            return
+        failed = dict.fromkeys(bag.id for bag in bags if bag.id in self.errors)
+        # surrogatepass: an id may hold half a pair
+        lines = [
+            json.dumps({"id": bag_id, "error": self.errors[bag_id]}, ensure_ascii=False) + "\n" for bag_id in failed
+        ]
+        write_whole(file, "".join(lines).encode(errors="surrogatepass"))
+
+
+def _distinct(samples: Sequence[Sample], passed_over: _PassedOver) -> list[Sample]:
+    """Each bag once, without those whose record is not as it has to be.
 
     Raises:
-        BagError: A record is not as it has to be, or two bags have one id.
+        BagError: Two bags have one id, or one has features already.
     """
     bags: dict[str, Sample] = {}
     for sample in samples:
-        with naming(sample):
+        with passed_over.where_unreadable(sample), naming(sample):
             check_record(sample)
+        with naming(sample):
             if sample.features is not None:
                 raise BagError(f"features already ({sample.features}), expected images to make them of.")
             first = bags.setdefault(sample.id, sample)
             if (sample.images, sample.slides, sample.image_coords) != (first.images, first.slides, first.image_coords):
                 raise BagError("two bags of this id, with other images or coordinates; give each an id of its own.")
-    return list(bags.values())
+    return [bag for bag in bags.values() if bag.id not in passed_over.errors]
 
 
 def _share_of(bags: list[Sample], index: int, number: int) -> list[Sample]:
@@ -242,10 +304,12 @@ class _OpenedImage:
     """One image, ready for the vision model."""
 
     bag: Sample
-    pixel_values: Tensor
-    """(1, 3, h, w)."""
+    pixel_values: Tensor | None
+    """(1, 3, h, w); None where it cannot be read."""
     origin: list[Any]
     """What `_origin` says of its file; of a tile, where it lies."""
+    error: BagError | None = None
+    """Why it cannot be read."""
 
 
 def _pictures_of(bag: Sample, tiling: TileOptions) -> Sequence[_Picture]:
@@ -301,12 +365,26 @@ def _open_batches(
 
 
 def _open(processor: MivpgProcessor, bag: Sample, picture: _Picture) -> _OpenedImage:
-    with naming(bag):
-        if isinstance(picture, Tile):
-            pixel_values, origin = processor.pixels([picture.open()]), [picture.x, picture.y]
-        else:
-            pixel_values, origin = processor.pixels([picture]), _origin(picture)
-        return _OpenedImage(bag=bag, pixel_values=pixel_values, origin=origin)
+    try:
+        with naming(bag):
+            if isinstance(picture, Tile):
+                pixel_values, origin = processor.pixels([picture.open()]), [picture.x, picture.y]
+            else:
+                pixel_values, origin = processor.pixels([picture]), _origin(picture)
+    except BagError as error:
+        return _OpenedImage(bag=bag, pixel_values=None, origin=[], error=error)
+    return _OpenedImage(bag=bag, pixel_values=pixel_values, origin=origin)
+
+
+def _see(model: MivpgVisualPromptModel, batch: Sequence[_OpenedImage]) -> Tensor:
+    """Features (n, P, D) of pictures; those of one that cannot be read are a blank one's, and nobody reads them."""
+    pixels = [image.pixel_values for image in batch]
+    readable = next((image for image in pixels if image is not None), None)
+    if readable is None:
+        return torch.zeros(len(batch), 0, 0)
+    pixel_values, _ = pad_bags([torch.zeros_like(readable) if image is None else image for image in pixels])
+    assert model.vision_model is not None
+    return model.get_image_embeds(pixel_values.to(model.vision_model.device))[:, 0]
 
 
 def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: list[tuple[list[Any], Tensor]]) -> None:
@@ -318,8 +396,9 @@ def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: li
     made_of = {"id": bag.id, "images": [origin for origin, _ in seen]}
     if bag.slides:
         tiles = [picture for picture in pictures if isinstance(picture, Tile)]
-        tensors["coords"] = _coords_of_tiles(bag.slides, tiles)
+        tensors["coords"], placed = place_tiles(bag.slides, tiles)
         made_of |= {"images": [], "slides": [_origin(slide) for slide in bag.slides]}
+        made_of["tiles"] = [[slide.num_tiles, slide.first_column, slide.span] for slide in placed]
         for number, slide in enumerate(bag.slides):
             name = Path("tiles", f"{Path(name_in_store(bag.id)).stem}-{number}.jpg")
             outlined = io.BytesIO()
@@ -331,24 +410,66 @@ def _write_bag(folder: Path, bag: Sample, pictures: Sequence[_Picture], seen: li
     write_whole(folder / name_in_store(bag.id), save(tensors, {MADE_OF: json.dumps(made_of)}))
 
 
-def _coords_of_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> Tensor:
-    """(N, 2), the upper left corners of the tiles, on one lattice for all slides of a case, which lie side by side.
+@dataclass(frozen=True, kw_only=True)
+class PlacedSlide:
+    """Where one slide of a case lies on the lattice of all its tiles."""
 
-    In pixels of the first slide's finest level. Another slide of the case may have larger ones, and even a single
-    slide's tiles begin at whole pixels, while their span is no whole number: so rows and columns are what is counted.
+    slide: Path
+    num_tiles: int
+    """Of the bag, in which the tiles of a slide stand together, slide by slide."""
+    first_column: int
+    """Of the lattice."""
+    span: float
+    """Of a tile, in pixels of this slide's finest level."""
+
+
+def place_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> tuple[Tensor, list[PlacedSlide]]:
+    """The tiles of all slides of a case on one lattice, on which the slides lie side by side.
+
+    Args:
+        slides: Of the case.
+        tiles: N of them, slide by slide.
+
+    Returns:
+        The upper left corners of the tiles (N, 2), and where each slide lies. Corners are in pixels of the first
+        slide's finest level. Another slide of the case may have larger ones, and even a single slide's tiles begin at
+        whole pixels, while their span is no whole number: so rows and columns are what is counted.
     """
-    span_of = {tile.slide: tile.span for tile in tiles}
-    first_columns = [0]
+    placed: dict[Path, PlacedSlide] = {}
+    first_column = 0
     for slide in slides:  # with an empty column between two slides
-        columns = math.ceil(open_slide(slide).dimensions[0] / span_of[slide]) + 1
-        first_columns.append(first_columns[-1] + columns)
-    first_column_of = dict(zip(slides, first_columns, strict=False))
+        spans = [tile.span for tile in tiles if tile.slide == slide]
+        placed[slide] = PlacedSlide(slide=slide, num_tiles=len(spans), first_column=first_column, span=spans[0])
+        first_column += math.ceil(open_slide(slide).dimensions[0] / spans[0]) + 1
     span = tiles[0].span
     corners = [
-        ((first_column_of[tile.slide] + round(tile.x / tile.span)) * span, round(tile.y / tile.span) * span)
+        ((placed[tile.slide].first_column + round(tile.x / tile.span)) * span, round(tile.y / tile.span) * span)
         for tile in tiles
     ]
-    return torch.tensor(corners, dtype=torch.float32)
+    return torch.tensor(corners, dtype=torch.float32), list(placed.values())
+
+
+def read_slides(file: Path) -> tuple[list[Path], list[PlacedSlide] | None]:
+    """The slides that a features file was made of, and where each lies on the lattice of its coordinates.
+
+    Args:
+        file: Of features, of any kind.
+
+    Returns:
+        None for where they lie in stores that did not note it; no slides of files that `extract_features` did not
+        write, or wrote of images.
+    """
+    if file.suffix != ".safetensors":
+        return [], None
+    with safe_open(file, framework="pt") as stored:
+        made_of = json.loads((stored.metadata() or {}).get(MADE_OF, "{}"))
+    slides = [Path(origin[0]) for origin in made_of.get("slides", [])]
+    if "tiles" not in made_of:
+        return slides, None
+    return slides, [
+        PlacedSlide(slide=slide, num_tiles=num_tiles, first_column=first_column, span=span)
+        for slide, (num_tiles, first_column, span) in zip(slides, made_of["tiles"], strict=True)
+    ]
 
 
 def _coords(bag: Sample) -> Tensor | None:

@@ -1,9 +1,7 @@
 """The one place where a picture is opened: whatever a shop or a laboratory keeps on disk becomes 8-bit RGB."""
 
 import logging
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mivpg.errors import BagError
+from mivpg.files import DAMAGE, check_is_file
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +19,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 
 MAX_PIXELS = 178_000_000
 """Larger pictures are refused before they are decoded: a file of a few bytes can ask for all memory there is."""
-
-DAMAGE = (OSError, EOFError, IndexError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zlib.error)
-"""What Pillow's decoders raise for a damaged file."""
 
 # Pillow warns at half of our limit, for every such file. Set once, because `catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -56,16 +52,15 @@ def check_image(path: Path) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """A picture whose header is as it has to be; what goes wrong with it becomes one line."""
+    check_is_file(path, "a picture", BagError)
     try:
-        if path.stat().st_size == 0 or path.is_dir():
-            raise BagError(f"{path} is {'a folder' if path.is_dir() else 'empty'}, expected a picture.")
+        if path.stat().st_size == 0:
+            raise BagError(f"{path} is empty, expected a picture.")
         with Image.open(path) as image:
             _check(path, image)
             yield image
     except BagError:  # already one of ours, which are ValueErrors, too
         raise
-    except FileNotFoundError:
-        raise BagError(f"{path} does not exist, expected a picture.") from None
     except UnidentifiedImageError:
         raise BagError(f"{path} is not a picture, expected one of {', '.join(FORMATS)}.") from None
     except Image.DecompressionBombError:

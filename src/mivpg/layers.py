@@ -426,7 +426,11 @@ def scatter_real(values: Tensor, image_mask: Tensor) -> Tensor:
 
 
 def lattice_cells(coords: Tensor) -> Tensor:
-    """Row and column (n, 2) of places (n, 2) = x, y on a lattice whose step is the smallest gap on each axis.
+    """Row and column (n, 2) of places on a lattice.
+
+    Args:
+        coords: (n, 2), x and y; the lattice's step is the smallest gap on each axis. Or (n, 3), x, y and the step, of
+            places of which some were taken away, so that their smallest gap may be several steps.
 
     Raises:
         BagError: The places are no lattice, two are the same, or one is no number.
@@ -437,7 +441,7 @@ def lattice_cells(coords: Tensor) -> Tensor:
     for axis in (1, 0):  # rows are y, columns are x
         values, which = coords[:, axis].double().unique(return_inverse=True)
         gaps = values.diff()
-        pitch = gaps.min() if len(gaps) else values.new_ones(())
+        pitch = coords[0, 2].double() if coords.shape[1] == 3 else gaps.min() if len(gaps) else values.new_ones(())
         steps = gaps / pitch
         # Gap by gap, since places are rounded, to pixels or as float32, and over many columns that would add up.
         if ((steps - steps.round()).abs() > 0.1).any():

@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, groupby
 from math import ceil, comb
 from typing import Any
 
@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample
 from mivpg.captioning import GenerationOptions, caption_bags, check_batch_size, in_eval_mode
-from mivpg.errors import BagError, MivpgError
+from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval
+from mivpg.layers import BagGrid
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration, MivpgOutput
 from mivpg.processing_mivpg import MivpgProcessor
-from mivpg.visualization import image_weights
+from mivpg.visualization import check_has_weights, image_weights
 
 SHARE_REMOVED = 0.25
 """Of a bag's images, rounded up: one of two to four, two of five to eight."""
@@ -122,7 +123,9 @@ class Removal:
     least: float
     """Without the least attended."""
     random: float
-    """Without as many others: the mean over all choices, or over `NUM_DRAWS` of them."""
+    """Without as many of all its images: the mean over all choices, or over `NUM_DRAWS` of them. The most and the least
+    attended may be among them: so this is what a choice that does not look at the weights costs, and of bags of two
+    images, too, which have no others."""
 
 
 def remove_images(
@@ -147,6 +150,7 @@ def remove_images(
         batch_size: Bags read at once.
 
     Raises:
+        BagError: PPEG finds no lattice in the coordinates of the whole bag.
         MivpgError: The bag has a single image.
     """
     num_images = len(weights)
@@ -155,6 +159,7 @@ def remove_images(
     num_removed = ceil(SHARE_REMOVED * num_images)
     by_weight = np.argsort(-np.asarray(weights), kind="stable").tolist()
     chosen = _choices(num_images, num_removed, random.Random(f"removal {seed} {bag.id}"))
+    bag = on_its_lattice(model, bag)
     removed = [(), by_weight[:num_removed], by_weight[-num_removed:], *chosen]
     at_once = max(1, min(batch_size, IMAGES_AT_ONCE // num_images))
     found: list[float] = []
@@ -178,9 +183,31 @@ def _choices(num_images: int, num_removed: int, generator: random.Random) -> lis
     return [generator.sample(range(num_images), num_removed) for _ in range(NUM_DRAWS)]
 
 
-def without(bag: Bag, indices: Sequence[int]) -> Bag:
-    """A bag of features less some of its images."""
+def on_its_lattice(model: MivpgForConditionalGeneration, bag: Bag) -> Bag:
+    """The same bag of features, its coordinates as PPEG reads them: column, row, and a step of one, (N, 3).
+
+    So each image stays in its cell when others are taken away. From what is left alone PPEG would infer another step,
+    or none. Bags whose coordinates PPEG does not read stay as they are.
+
+    Raises:
+        BagError: The coordinates are no lattice.
+    """
+    if bag.image_coords is None or model.config.qformer_config.position_encoding != "ppeg":
+        return bag
     assert bag.image_embeds is not None
+    grid = model.get_instance_grid(bag.image_embeds[None], None, bag.image_coords[None])
+    if not isinstance(grid, BagGrid):
+        return bag
+    assert grid.cells is not None
+    (cells,) = grid.cells
+    return replace(bag, image_coords=torch.cat([cells.flip(1), torch.ones_like(cells[:, :1])], dim=1).float())
+
+
+def without(bag: Bag, indices: Sequence[int]) -> Bag:
+    """A bag of features less some of its images; without a copy where none is taken."""
+    assert bag.image_embeds is not None
+    if not indices:
+        return bag
     kept = [index for index in range(len(bag.image_embeds)) if index not in set(indices)]
     coords = None if bag.image_coords is None else bag.image_coords[kept]
     return replace(bag, image_embeds=bag.image_embeds[kept], image_coords=coords)
@@ -215,7 +242,7 @@ def check_weights(
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Removes images from many bags; bags of one image are left out.
+    """Removes images from many bags; bags of one image are left out. Some may have coordinates and others none.
 
     Args:
         model: As in `caption_bags`.
@@ -236,25 +263,15 @@ def check_weights(
         share of bags in which the most attended images are missed more than random ones, likewise; and the `finding`.
     """
     check_batch_size(batch_size)
+    check_has_weights(model)
     opened = BagDataset(samples, prompt=prompt)
     found: list[dict[str, Any]] = []
     for start in tqdm(range(0, len(opened), batch_size), unit="batch", disable=None):
         indices = range(start, min(start + batch_size, len(opened)))
         bags = [embed_images(model, processor, opened[index]) for index in indices]
         bags = [bag for bag in bags if bag.image_embeds is not None and len(bag.image_embeds) > 1]
-        if not bags:
-            continue
-        captions = caption_bags(model, processor, bags, **generation.as_kwargs())
-        rows = image_weights(model, BagCollator(processor, training=False)(bags)).tolist()
-        for bag, caption, row in zip(bags, captions, rows, strict=True):
-            assert bag.image_embeds is not None
-            weights = row[: len(bag.image_embeds)]
-            try:
-                removal = remove_images(model, processor, bag, caption, weights, seed=seed, batch_size=batch_size)
-            except BagError as error:  # what is left of a slide may be no lattice
-                print(f"{error} The bag is passed over.", flush=True)
-                continue
-            found.append({"id": bag.id, "caption": caption} | asdict(removal))
+        for _, alike in groupby(bags, key=lambda bag: bag.image_coords is None):
+            found += _check_batch(model, processor, list(alike), generation, seed=seed, batch_size=batch_size)
     if not found:
         raise MivpgError(f"of none of {len(samples)} bags could images be taken away; a bag has to have two or more.")
     summary: dict[str, Any] = {
@@ -264,6 +281,25 @@ def check_weights(
         summary[name] = bootstrap_interval([bag[first] - bag[second] for bag in found])
     summary["most_matters_more"] = bootstrap_interval([float(bag["most"] < bag["random"]) for bag in found])
     return summary | {"finding": finding(summary), "bags": found}
+
+
+def _check_batch(
+    model: MivpgForConditionalGeneration,
+    processor: MivpgProcessor,
+    bags: list[Bag],
+    generation: GenerationOptions,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """What `check_weights` says of each of a few bags, which fit into one batch and have two images or more."""
+    captions = caption_bags(model, processor, bags, **generation.as_kwargs())
+    rows = image_weights(model, BagCollator(processor, training=False)(bags)).tolist()
+    found = []
+    for bag, caption, row in zip(bags, captions, rows, strict=True):
+        assert bag.image_embeds is not None
+        weights = row[: len(bag.image_embeds)]
+        removal = remove_images(model, processor, bag, caption, weights, **options)
+        found.append({"id": bag.id, "caption": caption} | asdict(removal))
+    return found
 
 
 def finding(summary: dict[str, Any]) -> str:

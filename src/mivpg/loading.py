@@ -46,6 +46,9 @@ CONFIG_FIELDS = (
 )
 """Fields of `MivpgConfig` that a loader takes beside transformers' own arguments."""
 
+NO_CODE = {"trust_remote_code": False}
+"""For each `from_pretrained` of an Auto class: a folder's own code is not run, and nobody is asked whether to."""
+
 HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only")
 
 AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # transformers leaves it out of its list
@@ -98,7 +101,7 @@ def load_auto_config(path: str | os.PathLike, **kwargs) -> PreTrainedConfig:
     """
     check_is_model(path)
     with loading("the model's configuration", path):
-        return AutoConfig.from_pretrained(path, **kwargs)
+        return AutoConfig.from_pretrained(path, **NO_CODE | kwargs)
 
 
 def check_is_model(path: str | os.PathLike) -> None:
@@ -157,7 +160,7 @@ def load_whole(model_class: Any, path: str | os.PathLike, *, may_lack: tuple[str
         MivpgError: A weight is missing.
     """
     with loading("weights", path):
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **NO_CODE | kwargs)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(may_lack or ("\0",)))
     if missing:
         raise MivpgError(
@@ -190,7 +193,7 @@ def load_tokenizer(path: str | os.PathLike, **kwargs) -> Any:
         MivpgError: There is none; of a folder without one transformers makes a tokenizer that knows no word.
     """
     with loading("the tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path, **NO_CODE | kwargs)
     files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
     if Path(path).is_dir() and not any(Path(path, file).is_file() for file in files):
         raise MivpgError(f"{path} has no tokenizer, expected {' or '.join(files)}.")

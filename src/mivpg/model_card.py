@@ -4,7 +4,7 @@ What is not known is called not known. What a training run knows stands in the c
 is loaded and saved again keeps it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ CARD = "README.md"
 NOT_KNOWN = "not known"
 MODEL = "this model"
 """Its row among the scores; the others are floors."""
+
+TAGS = ("multiple-instance-learning", "arxiv:2406.02987")
 
 DATA_LICENCES = {
     "bag_file": NOT_KNOWN,
@@ -53,6 +55,7 @@ def write_model_card(
     is_whole: bool,
     training: Training | None,
     was_loaded: bool = False,
+    more_tags: Sequence[str] = (),
 ) -> None:
     """Writes the card of a captioner or a classifier of bags.
 
@@ -63,6 +66,7 @@ def write_model_card(
         is_whole: Whether the folder holds the base, too.
         training: What is known of its training, if anything.
         was_loaded: Whether `training` is that of the checkpoint which was loaded, whatever has happened since.
+        more_tags: Beside those of every model here.
     """
     entries = {part: _Base.of(part, entry) for part, entry in (base or {}).items()}
     head = {
@@ -70,7 +74,7 @@ def write_model_card(
         "pipeline_tag": None if config.text_config is None else "image-to-text",
         "base_model": [entry.name for entry in entries.values() if entry.is_on_hub],
         "license": "unknown",
-        "tags": ["multiple-instance-learning", "arxiv:2406.02987"],
+        "tags": list(dict.fromkeys([*TAGS, *more_tags])),
         "mivpg": None if training is None else asdict(training),
     }
     card = make_environment(is_html=False).get_template("model_card.md.jinja")

@@ -49,7 +49,7 @@ from mivpg import folded_attention
 from mivpg.aggregators.base import Aggregator, BagScores, ScoringAggregator, VisualPrompts
 from mivpg.aggregators.named import make_aggregator
 from mivpg.aggregators.scoring import classification_loss
-from mivpg.checkpoints import CheckpointMixin, is_named
+from mivpg.checkpoints import CardMixin, CheckpointMixin, is_named
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, Q_FORMERS, MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
 from mivpg.layers import (
@@ -342,7 +342,11 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
 
         Returns:
             Instances (B, M, D), zero for padding, M = N or N·P, and their mask (B, M), None where there is none.
+
+        Raises:
+            MivpgError: Shapes that do not fit together, or all this is to be computed in float16.
         """
+        self._refuse_float16()
         if image_embeds.ndim != 4 or image_embeds.shape[-1] != self.config.image_embeds_size:
             raise MivpgError(
                 f"image_embeds are bags of images (B, N, P, D) with D = {self.config.image_embeds_size}; "
@@ -371,6 +375,20 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         if image_mask is None:
             return instances.unflatten(0, image_embeds.shape[:2]).flatten(1, 2), None
         return scatter_real(instances, image_mask).flatten(1, 2), instance_mask
+
+    def _refuse_float16(self) -> None:
+        """A Q-Former diverges in float16, which ends at 65,504 (LAVIS #267, #409); bfloat16 has float32's range."""
+        device = self.device.type
+        if self.prompt_dtype == torch.float16:
+            found, remedy = "is float16", "from_pretrained(…, dtype=torch.float16) leaves it float32, `half()` does not"
+        elif torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            found, remedy = "is computed in float16 by autocast", "take torch.autocast(…, torch.bfloat16)"
+        else:
+            return
+        raise MivpgError(
+            f"What makes visual prompts ({self.config.aggregator}) {found}, expected float32 or bfloat16: a Q-Former "
+            f"diverges in float16, which ends at 65504; {remedy}."
+        )
 
     def pool_patches(self, images: Tensor) -> Tensor:
         """One instance an image: (n, P, D) -> (n, D)."""
@@ -401,7 +419,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             image_embeds: (B, N, P, D).
             image_mask: (B, N), 1 = real.
             image_coords: (B, N, 2), x and y of each image on a regular lattice in any unit; the smallest gap on an axis
-                is one cell.
+                is one cell. Or (B, N, 3), x, y and the side of a cell.
         """
         batch_size, num_images, num_tokens = image_embeds.shape[:3]
         if self.config.patch_pooling == "none" and num_tokens > 1:
@@ -415,7 +433,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 )
             return PatchGrid(num_images=num_images, num_prefix_tokens=num_prefix_tokens, side=side)
         expected = (batch_size, num_images, 2)
-        if image_coords is not None and image_coords.shape != expected:
+        if image_coords is not None and image_coords.shape not in (expected, (batch_size, num_images, 3)):
             raise MivpgError(f"image_coords are {tuple(image_coords.shape)}; for these bags (B, N, 2) is {expected}.")
         lengths = [num_images] * batch_size if image_mask is None else image_mask.sum(dim=1).tolist()
         if image_coords is None:
@@ -810,7 +828,7 @@ class BagClassificationOutput(ModelOutput):
     attention: Tensor | None = None
 
 
-class MivpgForBagClassification(MivpgVisualPromptModel):
+class MivpgForBagClassification(CardMixin, MivpgVisualPromptModel):
     """A linear classifier on the mean of a bag's visual prompts; or an aggregator that scores bags itself.
 
     Two classes make one logit and binary cross-entropy, more make a softmax.

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoProcessor, BatchFeature, Proces
 from mivpg.configuration_mivpg import IMAGE_TOKEN, MivpgConfig, add_image_token
 from mivpg.errors import BagError, MivpgError
 from mivpg.images import open_image
-from mivpg.loading import hub_arguments, load_config, load_tokenizer, loading
+from mivpg.loading import NO_CODE, hub_arguments, load_config, load_tokenizer, loading
 
 PictureLike = Image.Image | str | os.PathLike
 Text = str | Sequence[Mapping[str, Any]]
@@ -111,7 +111,9 @@ class MivpgProcessor(ProcessorMixin):
         image_processor = None
         if vision is not None:
             with loading("the image processor", vision):
-                image_processor = AutoImageProcessor.from_pretrained(vision, backend="pil", revision=vision_revision)
+                image_processor = AutoImageProcessor.from_pretrained(
+                    vision, backend="pil", revision=vision_revision, **NO_CODE
+                )
         tokenizer = load_tokenizer(language, revision=language_revision)
         return cls(image_processor, tokenizer, **model_options(config), **options)
 
@@ -121,7 +123,9 @@ class MivpgProcessor(ProcessorMixin):
         has_images = (processor_dict or {}).get("image_processor", ...) is not None
         image_processor = None
         if has_images:  # the PIL backend by name: with torchvision's, pixels would depend on what is installed
-            image_processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, backend="pil", **kwargs)
+            image_processor = AutoImageProcessor.from_pretrained(
+                pretrained_model_name_or_path, backend="pil", **kwargs, **NO_CODE
+            )
         return [image_processor, load_tokenizer(pretrained_model_name_or_path, **kwargs)]
 
     @classmethod

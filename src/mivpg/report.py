@@ -362,11 +362,12 @@ def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
             axes = figure.add_subplot(len(panels), 1, number)
             for index, (name, of_run) in enumerate(curves.items()):
                 style = "-" if index < 10 else "--"  # after ten the colours begin again
-                marker = "." if what == "CIDEr" else ""
+                marker = "." if what == "CIDEr" or len(of_run[what]) == 1 else ""  # one point makes no line
                 axes.plot(*zip(*of_run[what] or [(math.nan, math.nan)], strict=True), style, marker=marker, label=name)
             axes.set(ylabel=what)
             axes.grid(color=PALE, linewidth=0.5)
             axes.spines[["right", "top"]].set_visible(False)
+            axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             if number == len(panels):
                 axes.set_xlabel("epoch")

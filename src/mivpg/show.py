@@ -8,6 +8,7 @@ out/attention.json           the caption, the weight of each image and of each w
 out/attention.safetensors    all arrays
 out/image_….png              the patches of each photo that is shown; heads.png: every head; words.png: every word
 out/heat_map.png             of a slide; top_tiles.png: the tiles looked at most; tiles.geojson: for QuPath
+out/heat_map_1.png           of the first of several slides of a case, and so on; likewise tiles_1.geojson
 """
 
 # L blocks with cross-attention, A attention heads, R queries, N images, P patch tokens an image, W words
@@ -28,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mivpg.attention_pictures import EVEN_COLORS, draw_heads, draw_patches, draw_words, patch_maps
-from mivpg.bags import Bag, BagCollator
+from mivpg.bags import Bag, BagCollator, Sample
 from mivpg.captioning import GenerationOptions, caption_bags
-from mivpg.errors import BagError
+from mivpg.errors import MivpgError
+from mivpg.features import PlacedSlide, place_tiles, read_slides
 from mivpg.files import write_whole
 from mivpg.likelihood import Removal, embed_images, remove_images
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
@@ -41,13 +43,20 @@ from mivpg.slide_maps import (
     as_geojson,
     draw_heat_map,
     draw_top_tiles,
-    open_tile,
+    find_tile,
     tile_span,
     top_tiles,
 )
 from mivpg.slides import TileOptions, find_tiles
 from mivpg.templating import make_environment
-from mivpg.visualization import MAX_PHOTOS, AttentionMaps, as_seen, attention_maps, patch_grids
+from mivpg.visualization import (
+    MAX_PHOTOS,
+    AttentionMaps,
+    as_seen,
+    attention_maps,
+    check_has_weights,
+    patch_grids,
+)
 from mivpg.word_attention import WordWeights, word_weights
 
 TILES_AT_ONCE = 64
@@ -67,14 +76,14 @@ class ShownBag:
     """Of its images."""
     photos: list[Image.Image] | None
     """As the vision model saw them; None of stored features and of tiles."""
-    tiles: SlideTiles | None
-    """Where the images lie, where that is known."""
+    tiles: tuple[SlideTiles, ...]
+    """Where the images lie on each slide that is drawn, or on a plain canvas; empty where that is not known."""
     caption: str
     maps: AttentionMaps
     words: WordWeights | None
     """None where the language model gives no attention."""
     removal: Removal | None
-    """None of a bag of one image, or where PPEG finds no lattice without some of the tiles."""
+    """None of a bag of one image."""
     num_prefix_tokens: int
 
     @property
@@ -87,6 +96,26 @@ class ShownBag:
         """(L, A, R, N), what each query reads of each image in every head of every block."""
         images = self.maps.images[:, 0]  # (L, A, R, M)
         return images.unflatten(3, (len(self.names), -1)).sum(dim=4).float().cpu()
+
+    def patch_grids(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """AB-MIL's weights of the patches and the combined ones, (N, side, side), as far as they are told apart.
+
+        Raises:
+            MivpgError: The patches are no square grid.
+        """
+        combined = patch_grids(self.maps.combined[0].float().cpu().numpy(), self.num_prefix_tokens)
+        if self.maps.patches is None:
+            return None, combined
+        return patch_grids(self.maps.patches[0].float().cpu().numpy(), self.num_prefix_tokens), combined
+
+    @property
+    def no_map(self) -> str:
+        """Why nothing is drawn over the photos; empty where something is, and where patches are not told apart."""
+        try:
+            self.patch_grids()
+        except MivpgError as error:
+            return str(error)
+        return ""
 
     def most_attended(self) -> list[int]:
         """The images that are shown, in their order: of a large bag those looked at most."""
@@ -101,8 +130,7 @@ def look_at_bag(
     *,
     generation: GenerationOptions,
     names: Sequence[str] | None = None,
-    slide: Path | None = None,
-    span: float | None = None,
+    tiles: Sequence[SlideTiles] | None = None,
 ) -> ShownBag:
     """Captions a bag, and asks what was looked at and whether it mattered.
 
@@ -112,36 +140,28 @@ def look_at_bag(
         bag: Of images, or of features with or without coordinates.
         generation: How the caption is written.
         names: Of its images; by default their numbers, and where they lie.
-        slide: On which its coordinates lie, if there is a file of it.
-        span: Of a tile, in the unit of the coordinates; by default their smallest gap.
+        tiles: Where they lie on slides; by default its coordinates on a plain canvas.
 
     Raises:
         BagError: The features do not fit the model.
         MivpgError: Another aggregator stands in MIVPG's place.
     """
+    check_has_weights(model)
     photos = None if bag.images is None else as_seen(processor, bag.images)
     bag = embed_images(model, processor, bag)
     assert bag.image_embeds is not None
     (caption,) = caption_bags(model, processor, [bag], **generation.as_kwargs())
     maps = attention_maps(model, BagCollator(processor, training=False)([bag]))
     weights = maps.combined[0].sum(dim=1).tolist()
-    removal = None
-    if len(weights) > 1:
-        try:
-            removal = remove_images(model, processor, bag, caption, weights)
-        except BagError:  # what is left of a slide need not have a neighbour on each axis, as PPEG asks for
-            removal = None
-    tiles = None
-    known_as = [f"image {number}" for number in range(1, len(weights) + 1)]
-    if bag.image_coords is not None and (span is not None or len(bag.image_coords.unique(dim=0)) > 1):
+    removal = remove_images(model, processor, bag, caption, weights) if len(weights) > 1 else None
+    if tiles is None and bag.image_coords is not None and len(bag.image_coords.unique(dim=0)) > 1:
         corners = bag.image_coords.double().numpy()
-        tiles = SlideTiles(corners=corners, span=tile_span(corners) if span is None else span, slide=slide)
-        known_as = [f"tile {number} at {x:.0f}, {y:.0f}" for number, (x, y) in enumerate(corners, start=1)]
+        tiles = [SlideTiles(corners=corners, span=tile_span(corners), slide=None)]
     return ShownBag(
         bag=bag,
-        names=tuple(names or known_as),
+        names=tuple(names or _known_as(len(weights), tiles or ())),
         photos=photos,
-        tiles=tiles,
+        tiles=tuple(tiles or ()),
         caption=caption,
         maps=maps,
         words=word_weights(model, processor, bag, caption, maps.images[:, 0]),
@@ -150,35 +170,110 @@ def look_at_bag(
     )
 
 
-def cut_slide(
-    model: MivpgForConditionalGeneration, processor: MivpgProcessor, path: Path, options: TileOptions, *, prompt: str
-) -> tuple[Bag, float]:
-    """The tiles of a slide as a bag of features, and how large a tile is on it.
+def _known_as(num_images: int, slides: Sequence[SlideTiles]) -> list[str]:
+    """Each image by its number and, where that is drawn, by where it lies."""
+    names = [f"image {number}" for number in range(1, num_images + 1)]
+    for tiles in slides:
+        of_slide = f" of {tiles.slide.name}" if tiles.slide is not None and tiles.indices is not None else ""
+        for index, (x, y) in zip(tiles.of_bag(), tiles.corners, strict=True):
+            names[index] = f"tile {index + 1}{of_slide} at {x:.0f}, {y:.0f}"
+    return names
+
+
+# ── Slides ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut_slides(
+    model: MivpgForConditionalGeneration,
+    processor: MivpgProcessor,
+    paths: Sequence[Path],
+    options: TileOptions,
+    *,
+    prompt: str,
+) -> tuple[Bag, list[SlideTiles]]:
+    """The tiles of a slide, or of all slides of a case, as a bag of features, and where they lie.
 
     Args:
         model: Whose vision model sees the tiles.
         processor: The model's.
-        path: The slide file.
-        options: How it is cut.
+        paths: The slide files.
+        options: How they are cut.
         prompt: Precedes the caption.
 
     Raises:
         BagError: As in `find_tiles`.
-        MivpgError: The model has no vision model.
+        MivpgError: The model has no vision model, or another aggregator stands in MIVPG's place.
     """
-    tiles = find_tiles(path, options)
-    parts: list[Tensor] = []
+    check_has_weights(model)
+    tiles = [tile for path in paths for tile in find_tiles(path, options)]
+    coords, placed = place_tiles(paths, tiles)
+    name = ", ".join(path.name for path in paths)
+    image_embeds: Tensor | None = None  # (N, P, D), filled as it is made: two of a large slide would not fit
     for start in tqdm(range(0, len(tiles), TILES_AT_ONCE), unit="batch", disable=None):
         pictures = [tile.open() for tile in tiles[start : start + TILES_AT_ONCE]]
-        part = Bag(id=path.name, images=pictures, image_embeds=None, image_coords=None, prompt="", caption=None)
+        part = Bag(id=name, images=pictures, image_embeds=None, image_coords=None, prompt="", caption=None)
         embedded = embed_images(model, processor, part).image_embeds
         assert embedded is not None
-        parts.append(embedded)
-    coords = torch.tensor([(tile.x, tile.y) for tile in tiles], dtype=torch.float32)
-    bag = Bag(
-        id=path.name, images=None, image_embeds=torch.cat(parts), image_coords=coords, prompt=prompt, caption=None
+        if image_embeds is None:
+            image_embeds = embedded.new_empty(len(tiles), *embedded.shape[1:])
+        image_embeds[start : start + len(embedded)] = embedded
+    bag = Bag(id=name, images=None, image_embeds=image_embeds, image_coords=coords, prompt=prompt, caption=None)
+    return bag, [_tiles_of(coords, placed, number, path) for number, path in enumerate(paths)]
+
+
+def tiles_on_slides(sample: Sample, bag: Bag, slides: Sequence[Path]) -> list[SlideTiles]:
+    """Where the images of a bag lie on the slides that they were cut from.
+
+    Args:
+        sample: Says where the bag's features are.
+        bag: The same, opened.
+        slides: The slide; or slides of a case, each known by its name among those that the features were made of.
+
+    Raises:
+        MivpgError: The bag does not say where its images lie, or on which of several slides.
+    """
+    given = ", ".join(map(str, slides))
+    where = f"bag {sample.id!r}" if sample.features is None else str(sample.features)
+    if bag.image_coords is None:
+        raise MivpgError(
+            f"{where}: there are no coords, so it is not known where its images lie on {given}; add them, or leave "
+            "--slide out."
+        )
+    made_of, placed = ([], None) if sample.features is None else read_slides(sample.features)
+    if placed is None and max(len(made_of), len(slides)) > 1:
+        raise MivpgError(
+            f"{where}: coords do not say on which of several slides a tile lies; extract the features anew, or "
+            f"{'give the one --slide' if len(made_of) < 2 else 'leave --slide out'}."
+        )
+    if placed is None:
+        corners = bag.image_coords.double().numpy()
+        return [SlideTiles(corners=corners, span=tile_span(corners), slide=slides[0])]
+    found = []
+    for slide in slides:
+        numbers = [number for number, of_case in enumerate(placed) if of_case.slide.name == slide.name]
+        if len(numbers) > 1:  # in different folders
+            numbers = [number for number in numbers if placed[number].slide.resolve() == slide.resolve()]
+        if len(placed) == 1:  # which may go by another name now
+            numbers = [0]
+        if len(numbers) != 1:
+            names = ", ".join(str(path) for path in made_of)
+            raise MivpgError(f"{where}: features were made of {names}, not of {slide}; give --slide one of these.")
+        found.append(_tiles_of(bag.image_coords, placed, numbers[0], slide))
+    return found
+
+
+def _tiles_of(coords: Tensor, placed: Sequence[PlacedSlide], number: int, slide: Path) -> SlideTiles:
+    """Of one slide of a case, in its own pixels, from coordinates (N, 2) on the lattice of the case."""
+    of_case = placed[number]
+    first = sum(other.num_tiles for other in placed[:number])
+    indices = range(first, first + of_case.num_tiles)
+    cells = coords[first : indices.stop].double().numpy() / placed[0].span - [of_case.first_column, 0]
+    return SlideTiles(
+        corners=np.round(np.round(cells) * of_case.span),
+        span=of_case.span,
+        slide=slide,
+        indices=tuple(indices) if len(placed) > 1 else None,
     )
-    return bag, tiles[0].span
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,10 +294,10 @@ def write_shown(shown: ShownBag, out: Path, *, model: str) -> None:
     for name, png in pictures.items():
         write_whole(out / name, png)
     write_whole(out / "attention.safetensors", save(arrays(shown)))
-    if shown.tiles is not None:
-        write_whole(out / "tiles.geojson", json.dumps(as_geojson(shown.tiles, shown.weights)))
+    for tiles, number in zip(shown.tiles, _numbers_of_files(shown), strict=True):
+        write_whole(out / f"tiles{number}.geojson", json.dumps(as_geojson(tiles, shown.weights)))
     numbers = {"model": model} | as_numbers(shown)
-    write_whole(out / "attention.json", json.dumps(numbers, indent=2, ensure_ascii=False).encode(errors="replace"))
+    write_whole(out / "attention.json", as_lines(numbers).encode(errors="replace"))
     write_whole(out / "attention.html", page(shown, pictures, model=model).encode(errors="replace"))
 
 
@@ -243,29 +338,53 @@ def as_numbers(shown: ShownBag) -> dict[str, Any]:
     }
 
 
+def as_lines(numbers: dict[str, Any]) -> str:
+    """JSON of a line an entry and, of a list of records, a line a record: a row of numbers is one line."""
+    lines = []
+    for name, value in numbers.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            records = ",\n".join(f"    {json.dumps(record, ensure_ascii=False)}" for record in value)
+            text = f"[\n{records}\n  ]"
+        else:
+            text = json.dumps(value, ensure_ascii=False)
+        lines.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _numbers_of_files(shown: ShownBag) -> list[str]:
+    """What tells the files of several slides apart; of one, nothing."""
+    return [""] if len(shown.tiles) == 1 else [f"_{number}" for number in range(1, len(shown.tiles) + 1)]
+
+
 def draw_pictures(shown: ShownBag) -> dict[str, bytes]:
     """Every picture as a PNG, by its file's name."""
     pictures = {}
     if shown.photos is not None:
-        combined = shown.maps.combined[0].float().cpu().numpy()  # (N, P)
-        within = None if shown.maps.patches is None else shown.maps.patches[0].float().cpu().numpy()
-        grids = patch_grids(combined, shown.num_prefix_tokens)
-        pooled = None if within is None else patch_grids(within, shown.num_prefix_tokens)
+        pooled, grids = (None, None) if shown.no_map else shown.patch_grids()
         for index in shown.most_attended():
-            maps = patch_maps(index, pooled, grids, num_patches=combined.shape[1])
+            maps = patch_maps(index, pooled, grids, num_patches=shown.maps.combined.shape[2])
             title = f"image {index + 1}: {shown.weights[index]:.0%} of the attention"
             pictures[f"image_{index + 1}.png"] = draw_patches(shown.photos[index], maps, title=title)
-    if shown.tiles is not None:
-        title = f"{shown.bag.id}: {len(shown.names)} tiles"
-        pictures["heat_map.png"] = draw_heat_map(shown.tiles, shown.weights, title=title)
-        if shown.tiles.slide is not None:
-            pictures["top_tiles.png"] = draw_top_tiles(shown.tiles, shown.weights)
+    for tiles, number in zip(shown.tiles, _numbers_of_files(shown), strict=True):
+        pictures[f"heat_map{number}.png"] = draw_heat_map(tiles, shown.weights, title=_title(shown, tiles))
+    if top := draw_top_tiles(shown.tiles, shown.weights):
+        pictures["top_tiles.png"] = top
     pictures["heads.png"] = draw_heads(shown.heads.numpy())
     if shown.words is not None and shown.words.words:
         chosen = shown.most_attended()
         numbers = [index + 1 for index in chosen]
         pictures["words.png"] = draw_words(shown.words.words, shown.words.images[:, chosen].numpy(), numbers)
     return pictures
+
+
+def _title(shown: ShownBag, tiles: SlideTiles) -> str:
+    """Of a slide's heat map."""
+    num_tiles = f"{len(tiles.corners)} tiles"
+    if tiles.indices is None:
+        return f"{shown.bag.id}: {num_tiles}"
+    share = sum(shown.weights[index] for index in tiles.of_bag())
+    name = shown.bag.id if tiles.slide is None else tiles.slide.name
+    return f"{name}: {num_tiles} of {len(shown.names)}, {share:.0%} of the attention"
 
 
 # ── The page ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +407,12 @@ def page(shown: ShownBag, pictures: dict[str, bytes], *, model: str) -> str:
         chosen=shown.most_attended(),
         columns=[{"number": index + 1, "thumbnail": _thumbnail(shown, index)} for index in shown.most_attended()],
         rows=_word_rows(shown),
-        top=None if shown.tiles is None else top_tiles(shown.weights),
+        heat_maps={
+            f"heat_map{number}.png": _title(shown, tiles)
+            for tiles, number in zip(shown.tiles, _numbers_of_files(shown), strict=True)
+        },
+        num_drawn=sum(len(tiles.corners) for tiles in shown.tiles),
+        top=top_tiles(shown.weights),
         changes=None if shown.removal is None else changes(shown.removal),
         verdict=None if shown.removal is None else verdict(shown.removal),
     )
@@ -298,8 +422,8 @@ def _thumbnail(shown: ShownBag, index: int) -> bytes | None:
     """A small JPEG of an image, where there is one to see."""
     if shown.photos is not None:
         photo = shown.photos[index].copy()
-    elif shown.tiles is not None and shown.tiles.slide is not None:
-        photo = open_tile(shown.tiles, index)
+    elif tile := find_tile(shown.tiles, index):
+        photo = tile.open()
     else:
         return None
     photo.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mivpg.errors import BagError, MivpgError
+from mivpg.files import check_is_file
+from mivpg.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from openslide import OpenSlide
@@ -26,6 +28,9 @@ LEAST_SATURATION, MOST_SATURATION = 0.05, 0.2
 """Between them Otsu's threshold is believed: blank glass alone, or tissue alone, has no two kinds of pixels."""
 BLOCK = 2048
 """Pixels a side that are read at once."""
+MAX_SIDE, MAX_SLIDE_PIXELS, MAX_TILES = 2**20, 10**11, 10**6
+"""Larger slides are refused before a pixel is read, since a file of a few bytes can say that it is one. A slide of
+200,000 x 100,000 pixels has 300,000 tiles of 256."""
 MOST_ENLARGEMENT = 1.1
 """How far a tile may be finer than the slide itself; objectives of one name differ by some percent."""
 
@@ -94,9 +99,13 @@ def find_tiles(path: Path, options: TileOptions) -> list[Tile]:
             f"at least {slide_mpp:.3f}."
         )
     span = options.size * options.mpp / slide_mpp
+    width, height = slide.dimensions
+    if (width / span) * (height / span) > MAX_TILES:
+        raise BagError(
+            f"{path} is {width} x {height} pixels, more than {MAX_TILES} tiles of {span:.1f}; choose larger ones."
+        )
     mask = tissue_mask(path, slide_mpp)
     scale = MASK_MPP / slide_mpp  # pixels of the slide to one of the mask
-    width, height = slide.dimensions
     tiles = []
     for row in range(int(height // span)):
         for column in range(int(width // span)):
@@ -147,21 +156,29 @@ def open_slide(path: Path) -> "OpenSlide":
         import openslide
     except ImportError:
         raise MivpgError("Slide files take OpenSlide: pip install 'mivpg[slides]'.") from None
-    if not path.is_file():
-        raise BagError(f"{path} does not exist or is not a file, expected a slide.")
+    check_is_file(path, "a slide", BagError)
     try:
-        return openslide.OpenSlide(path)
+        slide = openslide.OpenSlide(path)
+        width, height = slide.dimensions
     except openslide.OpenSlideError as error:
         raise BagError(f"{path} is no slide that OpenSlide can read, or was cut short: {_one_line(error)}.") from None
+    if max(width, height) > MAX_SIDE or width * height > MAX_SLIDE_PIXELS:
+        raise BagError(
+            f"{path} is {width} x {height} pixels, expected at most {MAX_SIDE} a side and {MAX_SLIDE_PIXELS} in all."
+        )
+    return slide
 
 
 def _mpp_of(path: Path, slide: "OpenSlide", options: TileOptions) -> float:
     if options.slide_mpp is not None:
         return options.slide_mpp
     try:
-        return float(slide.properties["openslide.mpp-x"])
+        mpp = float(slide.properties["openslide.mpp-x"])
     except (KeyError, ValueError):
         raise BagError(f"{path} does not say how many microns a pixel has; give slide_mpp.") from None
+    if not 1e-3 < mpp < 1e3:
+        raise BagError(f"{path} says that a pixel has {mpp} microns, which cannot be; give slide_mpp.")
+    return mpp
 
 
 def _overview(path: Path, downsample: float) -> Image.Image:
@@ -171,6 +188,8 @@ def _overview(path: Path, downsample: float) -> Image.Image:
     step = slide.level_downsamples[level]
     width, height = slide.level_dimensions[level]
     shrink = downsample / step
+    if (width / shrink) * (height / shrink) > MAX_PIXELS:
+        raise BagError(f"{path}: a small picture of it has more than the {MAX_PIXELS} pixels allowed; check slide_mpp.")
     picture = Image.new("RGB", (max(round(width / shrink), 1), max(round(height / shrink), 1)), "white")
     for top in range(0, height, BLOCK):
         for left in range(0, width, BLOCK):

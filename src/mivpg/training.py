@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -25,6 +26,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -37,8 +39,8 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import FSDP_MODEL_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from mivpg.bags import (
     Bag,
@@ -77,9 +79,13 @@ DATA_FILE = "data.yaml"
 LOG_FILE = "log.jsonl"
 BEST = "best"
 UNFINISHED = ".unfinished"
-"""Folders are written in here and renamed into the run folder, so what a killed run leaves is never taken for whole."""
+"""Folders are written in here and renamed into the run folder, and renamed to it before they are deleted, so what a
+killed run leaves is never taken for whole."""
 
-RESUME_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", TRAINER_STATE_NAME)
+DIVISION = ("batch_size", "gradient_accumulation_steps")
+"""How the bags of a step are divided; a run may be resumed with another division of as many bags."""
+
+RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", TRAINER_STATE_NAME)
 """What a checkpoint holds beside the model: going on needs it and captioning does not."""
 
 
@@ -247,6 +253,8 @@ class TrainConfig:
     """Compute in bfloat16 where that is safe; what trains is kept in its own precision."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, longer steps."""
+    fsdp: bool = False
+    """Divide the models among the GPUs of `torchrun` (FSDP2), where no GPU holds them whole."""
     seed: int = 42
     """Of new weights, dropout, the order of the bags and the choice among references."""
     validation: GenerationOptions = dataclasses.field(default_factory=lambda: GenerationOptions(num_beams=1))
@@ -295,9 +303,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         The folder of the best model by `best_metric`, or of the last one if there is no validation split.
 
     Raises:
-        MivpgError: The run folder is in use or holds another run; the data set lacks bags, files or captions; the model
-            cannot be loaded; the loss is no longer a number.
+        MivpgError: The run folder is in use, holds another run or cannot be written; the data set lacks bags, files or
+            captions; the model cannot be loaded; the loss is no longer a number.
     """
+    if config.fsdp:
+        _check_can_divide()
     checkpoint = _find_checkpoint(config, resume)
     samples = config.dataset.load()
     train_samples, val_samples = select(samples, "train"), select(samples, "val")
@@ -339,7 +349,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         early_stopping_patience=config.early_stopping_patience,
         save_every=config.save_steps,
     )
-    data = _describe_data(train_samples, val_samples, args.world_size)
+    data = _describe_data(train_samples, val_samples, trainer.sampler.block)
     if checkpoint is None:
         trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
         if args.should_save:
@@ -358,6 +368,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             # From a worker it comes with its whole traceback.
             raise BagError(str(error).splitlines()[-1].removeprefix("mivpg.errors.BagError: ")) from None
     return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
+
+
+def _check_can_divide() -> None:
+    """Raises where FSDP has nothing to divide a model among; accelerate would train copies of it and say nothing."""
+    if not torch.cuda.is_available():
+        raise MivpgError("fsdp divides a model among GPUs, and there is none here; leave it out.")
+    if "LOCAL_RANK" not in os.environ:
+        raise MivpgError("fsdp divides a model among processes; start them with torchrun, or leave it out.")
 
 
 def _find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
@@ -404,10 +422,10 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
 
 
 def _check_same(file: Path, asked: dict[str, Any]) -> None:
-    """Raises where a run is resumed with other values than `file` says it was begun with."""
+    """Raises where a run is resumed with other values than `file` says it was begun with, but for a step's division."""
     begun, asked = _flat(yaml.safe_load(file.read_text())), _flat(asked)
     for name in begun | asked:
-        if name != "output_dir" and begun.get(name) != asked.get(name):
+        if name not in ("output_dir", *DIVISION) and begun.get(name) != asked.get(name):
             raise MivpgError(
                 f"{file}: the run was begun with {name} = {begun.get(name)} and is resumed with {asked.get(name)}; "
                 "resume it as it was or name a new output_dir."
@@ -424,7 +442,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    with _writing(file, file.parent):
+        file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _as_plain(config: TrainConfig) -> dict[str, Any]:
@@ -433,11 +452,11 @@ def _as_plain(config: TrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(given, default=str))
 
 
-def _describe_data(train_samples: list[Sample], val_samples: list[Sample], num_processes: int) -> dict[str, Any]:
+def _describe_data(train_samples: list[Sample], val_samples: list[Sample], bags_a_step: int) -> dict[str, Any]:
     """What decides, beside the config, which bags a step sees."""
     records = [(sample.id, bag_size(sample), sample.prompt, sample.captions) for sample in train_samples + val_samples]
     return {
-        "num_processes": num_processes,
+        "batch_size x gradient_accumulation_steps x processes": bags_a_step,
         "num_train_bags": len(train_samples),
         "num_val_bags": len(val_samples),
         "sha256": hashlib.sha256(json.dumps(records).encode()).hexdigest(),
@@ -497,6 +516,7 @@ def _training_arguments(config: TrainConfig, *, num_pairs: int, validate: bool) 
         ddp_find_unused_parameters=any(part.startswith("vision_model") for part in config.model.trainable or ()),
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),
+        fsdp=config.fsdp or None,
         # Under this name transformers knows it from 5.20 on; 5.23 calls it deprecated, so only where it is wanted.
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
@@ -549,6 +569,8 @@ class MivpgTrainer(Trainer):
         callbacks: list[TrainerCallback] = [RunCallback(self.sampler, save_every, self.run_dir / LOG_FILE)]
         if early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(early_stopping_patience))
+        if args.fsdp:
+            args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = sorted(_names_of_blocks(model))
         super().__init__(
             model=model,
             args=args,
@@ -557,6 +579,8 @@ class MivpgTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        # accelerate takes DDP where it cannot divide.
+        assert self.is_fsdp_enabled == bool(args.fsdp), "asked to divide the model, and accelerate does not"
         self.processor = processor
         self.validation = validation
         self.scorer: CaptionScorer | None = None
@@ -594,10 +618,17 @@ class MivpgTrainer(Trainer):
             checkpoint = get_last_checkpoint(self.run_dir) or "none"
             raise MivpgError(
                 f"{self.run_dir}: step {self.state.global_step + 1} has loss {self._tr_loss.item()} and gradient norm "
-                f"{float(grad_norm)}, expected numbers; the last good checkpoint is {checkpoint}. "
-                "Lower learning_rate, or compute in float32."
+                f"{float(grad_norm)}, expected numbers; its bags are {self._bags_of_step()}, and the last good "
+                f"checkpoint is {checkpoint}. Lower learning_rate, or compute in float32."
             )
         return grad_norm
+
+    def _bags_of_step(self) -> str:
+        """Ids of the bags of the step that is being made, eight at most."""
+        step = self.state.global_step % math.ceil(len(self.sampler) / self.sampler.block)
+        block = itertools.islice(self.sampler, step * self.sampler.block, (step + 1) * self.sampler.block)
+        ids = list(dict.fromkeys(self.train_dataset.samples[index].id for _, index in block))
+        return ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
 
     # Validation
 
@@ -607,7 +638,10 @@ class MivpgTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """CIDEr and BLEU@4 of the captions written for `eval_dataset`, each bag captioned by one process."""
+        """CIDEr and BLEU@4 of the captions written for `eval_dataset`, each bag captioned by one process.
+
+        Where the model is divided among processes (FSDP), they take every step together and caption every bag.
+        """
         assert eval_dataset is None and self.eval_dataset is not None, "the references belong to the eval_dataset"
         start = time.monotonic()
         captions = {sample.id: "" for sample in self.eval_dataset.samples}
@@ -626,7 +660,7 @@ class MivpgTrainer(Trainer):
         loader: DataLoader[list[Bag | BagError]] = DataLoader(
             OpenedOrError(dataset),
             batch_size=self.args.per_device_eval_batch_size,
-            sampler=by_size[self.args.process_index :: self.args.world_size],
+            sampler=by_size if self.args.fsdp else by_size[self.args.process_index :: self.args.world_size],
             collate_fn=list,
             num_workers=self.args.dataloader_num_workers,
         )
@@ -658,18 +692,19 @@ class MivpgTrainer(Trainer):
         best = self.run_dir / BEST
         if self.args.should_save and not best.exists():
             step = self.state.best_global_step or self.state.global_step
-            unfinished = self.run_dir / UNFINISHED / BEST
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(self._checkpoint(step), unfinished, ignore=shutil.ignore_patterns(*RESUME_FILES))
-            shutil.copy(self.run_dir / CONFIG_FILE, unfinished / CONFIG_FILE)
             if (earlier := self.model._training) is not None:  # of the checkpoint that this run started from
                 data = f"{data} Before, in another run: {earlier.data}"
                 if earlier.data_licence != data_licence:
                     data_licence = f"{data_licence}; of the other run's data: {earlier.data_licence}"
             training = Training(data=data, data_licence=data_licence, **self._scores_at(step))
-            config = MivpgConfig.from_pretrained(unfinished)
-            write_model_card(unfinished, config, config.base, is_whole=False, training=training)
-            _move_whole(unfinished, best)
+            unfinished = self.run_dir / UNFINISHED / BEST
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+            with _writing(best, self.run_dir):
+                shutil.copytree(self._checkpoint(step), unfinished, ignore=shutil.ignore_patterns(*RESUME_FILES))
+                shutil.copy(self.run_dir / CONFIG_FILE, unfinished / CONFIG_FILE)
+                config = MivpgConfig.from_pretrained(unfinished)
+                write_model_card(unfinished, config, config.base, is_whole=False, training=training)
+                _move_whole(unfinished, best)
         self.accelerator.wait_for_everyone()
         return best
 
@@ -699,28 +734,56 @@ class MivpgTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Whole or not at all: written elsewhere by all processes, brought to the disk, then renamed."""
         checkpoint = self._checkpoint(self.state.global_step)
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and not weight.isfinite().all():  # the last step was one too large
+                raise MivpgError(
+                    f"{self.run_dir}: after step {self.state.global_step} the weight {name} is no number any more; the "
+                    f"last good checkpoint is {get_last_checkpoint(self.run_dir) or 'none'}. Lower learning_rate."
+                )
         self.save_dir = self.run_dir / UNFINISHED
-        if self.args.should_save:
-            shutil.rmtree(self.save_dir, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        unfinished, self.save_dir = self.save_dir / checkpoint.name, self.run_dir
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
-        if self.args.should_save:
-            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))  # it holds the name of the best checkpoint
-            _move_whole(unfinished, checkpoint)
-            rotate_checkpoints(str(self.run_dir), self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        with _writing(checkpoint, self.run_dir):
+            if self.args.should_save:
+                shutil.rmtree(self.save_dir, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            unfinished, self.save_dir = self.save_dir / checkpoint.name, self.run_dir
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+            if self.args.should_save:
+                # Once more, with the name of the best checkpoint.
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                _move_whole(unfinished, checkpoint)
+                self._delete_old()
+            self.accelerator.wait_for_everyone()
+
+    def _delete_old(self) -> None:
+        """Leaves `save_total_limit` checkpoints, the newest and the best among them."""
+        checkpoints = sort_checkpoints(str(self.run_dir))
+        kept = (checkpoints[-1], self.state.best_model_checkpoint)
+        num_too_many = max(len(checkpoints) - self.args.save_total_limit, 0)
+        for old in [path for path in checkpoints if path not in kept][:num_too_many]:
+            shutil.rmtree(Path(old).rename(self.run_dir / UNFINISHED))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             self.model.save_trained(output_dir, state_dict)
             self.processor.save_pretrained(output_dir)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.fsdp and self.args.should_save:
+            (Path(output_dir) / f"{FSDP_MODEL_NAME}.bin").unlink()  # base and all, and nothing reads it
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_trained(resume_from_checkpoint)  # raises where a weight is missing; Trainer would warn
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Those of this process; with another number of processes than were saved, dropout goes on with new numbers."""
+        if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(self.args.seed + self.state.global_step)
 
     def _load_best_model(self) -> None:
         self.model.load_trained(self.state.best_model_checkpoint)
@@ -773,7 +836,7 @@ class RunCallback(TrainerCallback):
 
     def _write_log(self, state: TrainerState, mode: str, entries: list[dict[str, Any]]) -> None:
         if state.is_world_process_zero:
-            with self.log_file.open(mode) as file:
+            with _writing(self.log_file, self.log_file.parent), self.log_file.open(mode) as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
@@ -850,6 +913,30 @@ class ShareSampler(Sampler[list[tuple[int, int]]]):
     def _num_batches(self, num_bags: int) -> int:
         """Batches that each process makes of a block."""
         return math.ceil(num_bags / (self.batch_size * self.num_processes))
+
+
+def _names_of_blocks(model: nn.Module) -> set[str]:
+    """Classes of the blocks of all models inside a model, each of which FSDP divides for itself."""
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return named & {type(module).__name__ for module in model.modules()}
+
+
+@contextmanager
+def _writing(what: Path, run_dir: Path) -> Iterator[None]:
+    """Makes one line of a full or read-only disk, and leaves nothing half written.
+
+    Raises:
+        MivpgError: Names what could not be written, why, and what to go on from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' are no OSErrors
+        shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        free = shutil.disk_usage(run_dir).free / 1e6
+        raise MivpgError(
+            f"{what} cannot be written: {' '.join(str(error).split())} ({free:.0f} MB are free); the last good "
+            f"checkpoint is {get_last_checkpoint(run_dir) or 'none'}. Mend that and go on from it with --resume."
+        ) from error
 
 
 def _move_whole(unfinished: Path, folder: Path) -> None:

@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
@@ -51,6 +52,16 @@ class AttentionMaps:
     and queries, or the image's, shared out as its tokens were pooled: by AB-MIL's weights, evenly by the mean, by the
     number of features that the maximum took of each, and to the first token alone by `cls`. The sum over tokens is
     what `image_weights` gives."""
+
+
+def check_has_weights(model: MivpgVisualPromptModel) -> None:
+    """Raises before the work is done, not after.
+
+    Raises:
+        MivpgError: Another aggregator stands in MIVPG's place.
+    """
+    if model.qformer is None or model.config.aggregator != "mivpg":
+        raise MivpgError(f"aggregator {model.config.aggregator!r}: weights of images are MIVPG's cross-attention.")
 
 
 def image_weights(model: MivpgVisualPromptModel, batch: Mapping[str, Tensor]) -> Tensor:
@@ -117,8 +128,8 @@ def _look(
     model: MivpgVisualPromptModel, batch: Mapping[str, Tensor], *, keep: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Image embeddings (B, N, P, D), and what `keep` makes of the cross-attention (B, A, R, M) of each block."""
-    if model.qformer is None or model.config.aggregator != "mivpg":
-        raise MivpgError(f"aggregator {model.config.aggregator!r}: weights of images are MIVPG's cross-attention.")
+    check_has_weights(model)
+    assert model.qformer is not None
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     looks: list[Tensor] = []
 
@@ -279,33 +290,55 @@ def _draw_patches(panels: Sequence[Axes], photos: Sequence[Image.Image], grids: 
     """Weights of patches (n, side, side) in jet over their photos, which are grey beneath; all on one scale."""
     scale = Normalize(grids.min(), grids.max())
     for axes, photo, grid in zip(panels, photos, grids, strict=True):
-        extent = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5)
-        axes.imshow(photo.convert("L"), cmap="gray", vmin=0, vmax=255)
-        axes.imshow(grid, cmap="jet", norm=scale, alpha=0.55, interpolation="bilinear", extent=extent)
+        draw_grid(axes, photo, grid, cmap="jet", norm=scale, alpha=0.55, interpolation="bilinear")
     panels[-1].figure.colorbar(ScalarMappable(scale, "jet"), ax=panels[-1], fraction=0.05, pad=0.02, label=label)
+
+
+def draw_grid(axes: Axes, photo: Image.Image, grid: np.ndarray, **how: Any) -> AxesImage:
+    """Draws the weights of patches (side, side) over their photo, which is grey beneath.
+
+    Args:
+        axes: On which.
+        photo: As the vision model saw it; the grid covers it whole.
+        grid: The weights.
+        **how: For matplotlib's `imshow`.
+    """
+    axes.imshow(photo.convert("L"), cmap="gray", vmin=0, vmax=255)
+    extent = (-0.5, photo.width - 0.5, photo.height - 0.5, -0.5)
+    return axes.imshow(grid, extent=extent, **how)
+
+
+def draw_head_panels(panels: np.ndarray, heads: np.ndarray, *, num_ticks: tuple[int, int]) -> ScalarMappable:
+    """Draws heads (n, R, N), a panel a head: a row a query, a column an image, numbered from 1.
+
+    Args:
+        panels: (n,), `Axes` that share theirs.
+        heads: What each query reads of each image.
+        num_ticks: At most so many numbers of images, and of queries.
+
+    Returns:
+        The one scale of all panels, for a colour bar.
+    """
+    num_queries, num_images = heads.shape[1:]
+    scale = Normalize(0, heads.max())
+    extent = (0.5, num_images + 0.5, num_queries + 0.5, 0.5)
+    for axes, head in zip(panels, heads, strict=True):
+        axes.imshow(head, norm=scale, aspect="auto", interpolation="nearest", extent=extent)
+    for axis, most in zip((panels[0].xaxis, panels[0].yaxis), num_ticks, strict=True):
+        axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    return ScalarMappable(scale)
 
 
 def _draw_heads(bottom: SubFigure, heads: np.ndarray) -> None:
     """Cross-attention (A, R, N), a panel a head."""
-    num_heads, num_queries, num_images = heads.shape
-    columns = min(num_heads, HEADS_IN_A_ROW)
-    panels = bottom.subplots(math.ceil(num_heads / columns), columns, sharex=True, sharey=True, squeeze=False)
-    scale = Normalize(0, heads.max())
-    for axes, head in zip(panels.flat, range(num_heads), strict=False):
-        axes.imshow(
-            heads[head],
-            norm=scale,
-            aspect="auto",
-            interpolation="nearest",
-            extent=(0.5, num_images + 0.5, num_queries + 0.5, 0.5),
-        )
-        axes.set_title(f"head {head + 1}")
-    for axes in panels.flat[num_heads:]:
+    columns = min(len(heads), HEADS_IN_A_ROW)
+    panels = bottom.subplots(math.ceil(len(heads) / columns), columns, sharex=True, sharey=True, squeeze=False)
+    scale = draw_head_panels(panels.flat[: len(heads)], heads, num_ticks=(MAX_PHOTOS, 5))
+    for head, axes in enumerate(panels.flat[: len(heads)], start=1):
+        axes.set_title(f"head {head}")
+    for axes in panels.flat[len(heads) :]:
         axes.set_axis_off()
-    axes = panels[0, 0]  # with which the others share theirs
-    axes.xaxis.set_major_locator(MaxNLocator(MAX_PHOTOS, integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     bottom.suptitle("Cross-attention of the last block, head by head: what each query reads of each image", fontsize=11)
     bottom.supxlabel("image", fontsize="medium")
     bottom.supylabel("query", fontsize="medium")
-    bottom.colorbar(ScalarMappable(scale), ax=panels.ravel().tolist(), fraction=0.02, pad=0.01, label="weight")
+    bottom.colorbar(scale, ax=panels.ravel().tolist(), fraction=0.02, pad=0.01, label="weight")

@@ -21,18 +21,12 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 from mivpg.bags import Sample, assign_splits
 from mivpg.errors import MivpgError
-from mivpg.files import check_columns, open_text, read_json
+from mivpg.files import DAMAGE, check_columns, check_is_file, open_text, path_below, read_json
 
 logger = logging.getLogger(__name__)
 
 IMAGES_CSV = Path("images", "metadata", "images.csv.gz")
 LISTINGS = "listings/metadata/listings_*.json.gz"
-
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    *(AttributeError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError, ValueError),
-)
-"""What a damaged pickle raises."""
 
 
 @dataclass(kw_only=True)
@@ -70,13 +64,17 @@ class AboConfig:
         captions = _read_captions(captions_path)
         listings = self._choose_listings(captions)
         paths = _read_image_paths(self.root / IMAGES_CSV, {image for listing in listings for image in listing.images})
+        folder = self.root / "images" / self.photos
         samples = []
         for listing in listings:
             for image in listing.images:
                 if image not in paths:
                     raise MivpgError(f"{self.root / IMAGES_CSV} lacks image_id {image!r} of item_id {listing.item_id}.")
             if len(listing.images) >= self.min_images:
-                images = tuple(self.root / "images" / self.photos / paths[image] for image in listing.images)
+                try:
+                    images = tuple(path_below(self.root, folder, paths[image]) for image in listing.images)
+                except MivpgError as error:
+                    raise MivpgError(f"{self.root / IMAGES_CSV}: path {error}, expected photos below it.") from None
                 samples.append(
                     Sample(
                         id=listing.item_id,
@@ -146,7 +144,7 @@ def _read_listings(root: Path) -> Iterator[_Listing]:
             for line, text in enumerate(file, start=1):
                 try:
                     yield _listing(json.loads(text))
-                except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+                except (ValueError, RecursionError, TypeError, LookupError, AttributeError):
                     raise MivpgError(
                         f"{path}, line {line} is no listing, expected a JSON object with item_id and domain_name."
                     ) from None
@@ -157,12 +155,12 @@ def _listing(record: dict[str, Any]) -> _Listing:
     product_type = record.get("product_type")
     if isinstance(product_type, list):  # releases differ: a text, or [{"value": text}]
         product_type = product_type[0]["value"]
-    return _Listing(
-        item_id=record["item_id"],
-        domain=record["domain_name"],
-        images=tuple(dict.fromkeys([main, *others] if main else others)),
-        product_type=product_type,
-    )
+    item_id, domain = record["item_id"], record["domain_name"]
+    images = [main, *others] if main else [*others]
+    texts = [item_id, domain, *images, *([] if product_type is None else [product_type])]
+    if not isinstance(others, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError
+    return _Listing(item_id=item_id, domain=domain, images=tuple(dict.fromkeys(images)), product_type=product_type)
 
 
 def _read_image_paths(path: Path, image_ids: set[str]) -> dict[str, str]:
@@ -203,6 +201,7 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
 
 
 def _read_pickle(path: Path) -> Any:
+    check_is_file(path, "captions")
     try:
         with path.open("rb") as file:
             return _DataUnpickler(path, file).load()
@@ -210,7 +209,7 @@ def _read_pickle(path: Path) -> Any:
         raise
     except OSError as error:
         raise MivpgError(f"{path} cannot be read: {error.strerror}.") from None
-    except UNPICKLING_ERRORS as error:
+    except (pickle.UnpicklingError, *DAMAGE) as error:
         raise MivpgError(f"{path} is no pickle of plain data: {' '.join(str(error).split())}.") from None
 
 

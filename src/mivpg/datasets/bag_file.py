@@ -4,8 +4,9 @@
 
 Besides `id` every field may be left out: `images`, `slides` (slide files, which `mivpg extract` cuts) or `features` (a
 file that `read_features` reads), `coords` ([x, y] for each image), `captions`, `prompt`, `label`, `group` and `split`.
-An empty `label` or `group` counts as left out. Paths are relative to the file. A CSV file names the fields in its
-first line, puts `;` between images and between slides and `|` between captions, and has no `coords`.
+An empty `label` or `group` counts as left out. Paths are relative to the file, and may not lead out of `root`: its
+folder, unless another is given. A CSV file names the fields in its first line, puts `;` between images and between
+slides and `|` between captions, and has no `coords`.
 
 What is wrong with the file is found here; what is wrong with one bag (no image, a file that cannot be read, an empty
 caption) is found when that bag is opened, so that one bad bag does not stop a run over thousands.
@@ -22,7 +23,7 @@ from typing import Any
 
 from mivpg.bags import SPLITS, Sample, Split, assign_splits
 from mivpg.errors import MivpgError
-from mivpg.files import write_whole
+from mivpg.files import check_is_file, each_once, path_below, write_whole
 
 CSV_FIELDS = ("id", "images", "slides", "features", "captions", "prompt", "label", "group", "split")
 FIELDS = (*CSV_FIELDS, "coords")
@@ -34,6 +35,8 @@ class BagFileConfig:
 
     path: Path
     """A `.jsonl` or `.csv` file."""
+    root: Path | None = None
+    """The folder in which all that it names has to lie, `/` = anywhere; None = the folder of the file itself."""
     split_seed: int | None = None
     """Draw train, val and test at random, 70/10/20, groups kept whole; None = as the file says."""
 
@@ -43,7 +46,7 @@ class BagFileConfig:
         Raises:
             MivpgError: As `load_bag_file`, or the file has splits and so has `split_seed`.
         """
-        samples = load_bag_file(self.path)
+        samples = load_bag_file(self.path, root=self.root)
         if self.split_seed is None:
             return samples
         for sample in samples:
@@ -52,22 +55,28 @@ class BagFileConfig:
         return assign_splits(samples, seed=self.split_seed)
 
 
-def load_bag_file(path: Path) -> list[Sample]:
+def load_bag_file(path: Path, *, root: Path | None = None) -> list[Sample]:
     """Reads a bag file; images and features stay closed.
 
+    Args:
+        path: A `.jsonl` or `.csv` file.
+        root: The folder in which all that it names has to lie, `/` = anywhere; None = the folder of the file itself.
+
     Raises:
-        MivpgError: The file cannot be read, holds no bag, or a line is not as the module says.
+        MivpgError: The file cannot be read, holds no bag, or a line is not as the module says or names a file outside
+            of `root`.
     """
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     suffix = path.suffix.lower()
     if suffix not in readers:
         raise MivpgError(f"{path} ends in {path.suffix!r}, expected a bag file, {' or '.join(readers)}.")
+    check_is_file(path, "a bag file")
     lines: dict[str, int] = {}
     samples = []
     try:
         for line, record in readers[suffix](path):
             try:
-                sample = _sample(record, path.parent)
+                sample = _sample(record, path.parent, path.parent if root is None else root)
             except MivpgError as error:
                 raise MivpgError(f"{path}, line {line}: {error}") from None
             first_line = lines.setdefault(sample.id, line)
@@ -114,7 +123,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=each_once)
             except (ValueError, RecursionError) as error:
                 raise MivpgError(f"{path}, line {number} is not JSON: {error}.") from None
             if not isinstance(record, dict):
@@ -155,17 +164,24 @@ def _check_fields(names: Iterable[str], known: tuple[str, ...]) -> None:
             raise MivpgError(f"unknown field {name!r}, {hint}")
 
 
-def _sample(record: dict[str, Any], folder: Path) -> Sample:
+def _sample(record: dict[str, Any], folder: Path, root: Path) -> Sample:
     _check_fields(record, FIELDS)
     bag_id = _text(record, "id")
     if not bag_id:
         raise MivpgError("no id, expected a text that no other bag has.")
+
+    def file(name: str) -> Path:
+        try:
+            return path_below(root, folder, name)
+        except MivpgError as error:
+            raise MivpgError(f"{error}; name a folder that holds it as root (--root), or / for any file.") from None
+
     features = _text(record, "features")
     return Sample(
         id=bag_id,
-        images=tuple(folder / image for image in _texts(record, "images")),
-        slides=tuple(folder / slide for slide in _texts(record, "slides")),
-        features=None if features is None else folder / features,
+        images=tuple(file(image) for image in _texts(record, "images")),
+        slides=tuple(file(slide) for slide in _texts(record, "slides")),
+        features=None if features is None else file(features),
         image_coords=_coords(record),
         captions=_texts(record, "captions"),
         prompt=_text(record, "prompt"),
@@ -197,10 +213,16 @@ def _coords(record: dict[str, Any]) -> tuple[tuple[float, float], ...] | None:
     value = record.get("coords")
     if value is None:
         return None
-    try:
-        return tuple((float(x), float(y)) for x, y in value)
-    except (TypeError, ValueError):
-        raise MivpgError(f"coords is {value!r}, expected a list of [x, y].") from None
+    pairs = value if isinstance(value, list) else [value]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(number) for number in pair):
+            raise MivpgError(f"coords is {value!r}, expected a list of [x, y].")
+    return tuple((float(x), float(y)) for x, y in pairs)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that float32 can hold, which JSON's `NaN`, `1e999` and `true` are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def _split(record: dict[str, Any]) -> Split | None:

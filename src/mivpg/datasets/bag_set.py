@@ -12,8 +12,6 @@
 Other arrays are not read. Nothing is ever unpickled.
 """
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mivpg.errors import MivpgError
+from mivpg.files import DAMAGE, check_is_file, check_unpacked
 
 # n instances of the file, D their width
 
@@ -113,22 +112,22 @@ def read_bag_set(path: Path) -> BagSet:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise MivpgError(f"{path} does not exist or is not a file, expected a bag set, .npz.")
-    unreadable = (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+    check_is_file(path, "a bag set, .npz")
     try:
         file = np.load(path, allow_pickle=False)
-    except unreadable as error:
+    except DAMAGE as error:
         raise _no_npz(path, error) from None
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise MivpgError(f"{path} is a single array, expected a .npz file with x, bag and y.")
     arrays = {}
     with file:
+        assert file.zip is not None
+        check_unpacked(path, sum(member.file_size for member in file.zip.infolist()))
         for name in ("x", "bag", "y", "instance_y", "fold"):
             if name in file:
                 try:
                     arrays[name] = file[name]
-                except unreadable as error:
+                except DAMAGE as error:
                     if "allow_pickle" in str(error):
                         raise MivpgError(
                             f"{path}: {name} holds Python objects, which are never unpickled; save it as numbers or "

@@ -17,7 +17,7 @@ from typing import Any
 
 from mivpg.bags import Sample, Split
 from mivpg.errors import MivpgError
-from mivpg.files import read_json
+from mivpg.files import path_below, read_json
 
 
 @dataclass(kw_only=True)
@@ -61,9 +61,11 @@ class CocoConfig:
                         f"{file}: {image} is in {split_of[image]}, too, expected each picture in one split."
                     )
                 split_of[image] = split
-                samples.append(
-                    Sample(id=Path(image).stem, images=(self.root / image,), captions=tuple(those), split=split)
-                )
+                try:
+                    path = path_below(self.root, self.root, image)
+                except MivpgError as error:
+                    raise MivpgError(f"{file}: {error}, expected a picture below it.") from None
+                samples.append(Sample(id=path.stem, images=(path,), captions=tuple(those), split=split))
         return samples
 
     def _choose(self, file: Path, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

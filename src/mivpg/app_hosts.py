@@ -1,0 +1,99 @@
+"""Where the page is served: whether that address and port can be had, and by which names it may be asked there."""
+
+import errno
+import ipaddress
+import re
+import socket
+from typing import Any
+
+from mivpg.errors import MivpgError
+
+FIRST_PORT, LAST_PORT = 7860, 7959
+"""Where Gradio looks for a free port if none is named."""
+
+
+def check_address(host: str, port: int | None) -> None:
+    """Tries to listen, since Gradio says of whatever goes wrong that no port was free.
+
+    Args:
+        host: An address of this machine, or a name of it.
+        port: By default any from `FIRST_PORT` on will do.
+
+    Raises:
+        MivpgError: There is no such name or address here, or no such port is free.
+    """
+    if port is not None and not 0 < port < 2**16:
+        raise MivpgError(f"--port is {port}, expected 1 to {2**16 - 1}.")
+    asked = {(socket.AF_INET, "127.0.0.1"), *addresses_of(host)}  # Gradio wants the port to be free there, too
+    for number in range(FIRST_PORT, LAST_PORT + 1) if port is None else [port]:
+        try:
+            for family, address in asked:
+                socket.create_server((address, number), family=family).close()
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                raise MivpgError(f"{host}: {error.strerror}; choose another --host.") from None
+        else:
+            return
+    what = f"no port from {FIRST_PORT} to {LAST_PORT} is" if port is None else f"port {port} is not"
+    raise MivpgError(f"{host}: {what} free there; choose another --port, or another --host.")
+
+
+def addresses_of(host: str) -> set[tuple[socket.AddressFamily, str]]:
+    """The IPv4 and IPv6 addresses of a name, or of an address, which may be written in several ways.
+
+    Raises:
+        MivpgError: It has none.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise MivpgError(f"{host!r}: {reason}; choose another --host.") from None
+    return {(family, str(address[0])) for family, _, _, _, address in found}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether what is served there is seen from this machine alone."""
+    return all(_is_loopback_address(address) for _, address in addresses_of(host))
+
+
+def _is_loopback_address(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+class OwnNames:
+    """An ASGI layer that answers only who asks for a loopback address, for localhost, or for the name that was given.
+
+    Another site's page could have its own name point to this machine and read what is here (DNS rebinding); its
+    requests have that name as their Host.
+
+    Args:
+        app: What answers the others.
+        host: Where it is served.
+    """
+
+    def __init__(self, app: Any, host: str):
+        self.app = app
+        self.names = {"localhost", host.lower()}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            asked = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+            if len(asked) != 1 or not self.is_own(asked[0]):
+                from starlette.responses import PlainTextResponse
+
+                refusal = PlainTextResponse("This page answers to names of this machine alone.", status_code=400)
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def is_own(self, asked: str) -> bool:
+        """Whether a Host header, such as `localhost:7860` or `[::1]:7860`, has a name of this machine."""
+        parts = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::\d*)?", asked)
+        if parts is None:
+            return False
+        name = (parts[1] or parts[2]).lower()
+        return name in self.names or _is_loopback_address(name)

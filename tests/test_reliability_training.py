@@ -1,0 +1,236 @@
+"""What stops a run, through `mivpg train`: one line, exit code 1, and the last good checkpoint in its place."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from mivpg import training
+from mivpg.cli import main
+from test_training import checkpoints, logged
+from training_script import make_world, tiny_train_config
+
+KILLS = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def config(world, tmp_path) -> Path:
+    """A run of 3 epochs with 3 steps each, and a checkpoint after each epoch."""
+    file = tmp_path / "run.yaml"
+    config = tiny_train_config(world, output_dir=tmp_path / "run", dropout=0.1, num_train_epochs=3)
+    file.write_text(yaml.safe_dump(training._as_plain(config)))
+    return file
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 2 MB, on which a run of ours needs half a megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.name != "posix" or run("mount", "-t", "tmpfs", "-o", "size=2m", "none", disk) != 0:
+        pytest.skip("mounting a disk takes root")
+    yield disk
+    run("umount", "-l", disk)
+
+
+def run(*command: str | Path) -> int:
+    return subprocess.run(command, check=False, capture_output=True).returncode
+
+
+def fill(disk: Path) -> None:
+    """Leaves no room but what is free in the last block of each file."""
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(4096))
+
+
+def make_read_only(disk: Path) -> None:
+    assert run("mount", "-o", "remount,ro", disk) == 0
+
+
+def make_writable(disk: Path) -> None:
+    assert run("mount", "-o", "remount,rw", disk) == 0
+    (disk / "filler").unlink(missing_ok=True)
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, what: Callable[[], None]) -> None:
+    """Does something before a step is made."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            what()
+
+    patch.setattr(training.RunCallback, "on_step_begin", on_step_begin, raising=False)
+
+
+def stopped(capsys, *command: str | Path) -> str:
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as exit:
+        main(["train", *map(str, command)])
+    assert exit.value.code == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def goes_on(config: Path, run_dir: Path) -> None:
+    main(["train", str(config), "--output-dir", str(run_dir), "--resume"])
+    assert len(logged(run_dir, "loss")) == 9
+    assert (run_dir / "best").is_dir() and not (run_dir / ".unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "step", "what", "last"),
+    [
+        (fill, 3, "checkpoint-6", "checkpoint-3"),
+        pytest.param(fill, 0, "log.jsonl", "none", marks=pytest.mark.slow),
+        pytest.param(make_read_only, 0, "log.jsonl", "none", marks=pytest.mark.slow),
+        pytest.param(make_read_only, 3, "log.jsonl", "checkpoint-3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_takes_no_more(config, small_disk, monkeypatch, capsys, damage, step, what, last):
+    run_dir = small_disk / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: damage(small_disk))
+        line = stopped(capsys, config, "--output-dir", run_dir)
+    assert line.startswith(f"mivpg: {run_dir / what} cannot be written: ")
+    if what == "log.jsonl":  # torch.save and safetensors say it in words of their own
+        assert {fill: "No space left on device", make_read_only: "Read-only file system"}[damage] in line
+    if damage is fill:
+        assert " (0 MB are free); the last good checkpoint is " in line
+    assert f"{last}. Mend that and go on from it with --resume." in line
+    assert checkpoints(run_dir) == ([3] if step else [])
+    assert not (run_dir / ".unfinished").exists()  # it takes the room that is needed
+    make_writable(small_disk)
+    goes_on(config, run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [fill, make_read_only])
+def test_a_disk_that_takes_nothing(config, small_disk, capsys, damage):
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    damage(small_disk)
+    assert str(run_dir) in stopped(capsys, config, "--output-dir", run_dir)
+    make_writable(small_disk)
+    goes_on(config, run_dir)
+
+
+@pytest.mark.slow
+def test_no_room_for_best(config, small_disk, monkeypatch, capsys):
+    run_dir = small_disk / "run"
+    publish = training.MivpgTrainer.publish_best
+    with monkeypatch.context() as patch:
+        patch.setattr(training.MivpgTrainer, "publish_best", lambda *args: fill(small_disk) or publish(*args))
+        line = stopped(capsys, config, "--output-dir", run_dir)
+    assert line.startswith(f"mivpg: {run_dir / 'best'} cannot be written: ") and "checkpoint-9. Mend that" in line
+    assert not (run_dir / "best").exists()
+    make_writable(small_disk)
+    goes_on(config, run_dir)
+
+
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_a_file_that_vanishes(world, config, tmp_path, monkeypatch, capsys, num_workers):
+    """In the second epoch, and there again after the run is resumed too early."""
+    data = shutil.copytree(world, tmp_path / "data")
+    run_dir = tmp_path / "run"
+    command = [config, "--dataset.bag-file.path", data / "bags.jsonl", "--num-workers", num_workers]
+
+    def on_epoch_begin(self, args, state, control, begin=training.RunCallback.on_epoch_begin, **kwargs):
+        begin(self, args, state, control)
+        if self.sampler.epoch == 1:
+            (data / "7.npy").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.RunCallback, "on_epoch_begin", on_epoch_begin)
+        line = stopped(capsys, *command)
+    assert line.startswith("mivpg: bag 'bag7': ") and str(data / "7.npy") in line
+    assert checkpoints(run_dir) == [3]
+    assert str(data / "7.npy") in stopped(capsys, *command, "--resume")
+    shutil.copy(world / "7.npy", data)
+    main(["train", *map(str, command), "--resume"])
+    assert len(logged(run_dir, "loss")) == 9
+
+
+def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):
+    """The line names the bags that were trained on, and is the only thing that is left of the step."""
+    seen: list[list[str]] = []
+    compute_loss = training.MivpgTrainer.compute_loss
+    collate = training.BagCollator.__call__
+
+    def note(self, bags):
+        seen.append([bag.id for bag in bags])
+        return collate(self, bags)
+
+    def poisoned(self, *args, **kwargs):
+        return compute_loss(self, *args, **kwargs) * (float("nan") if self.state.global_step == 4 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.BagCollator, "__call__", note)
+        patch.setattr(training.MivpgTrainer, "compute_loss", poisoned)
+        line = stopped(capsys, config)
+    assert "step 5 has loss nan and gradient norm nan, expected numbers" in line
+    of_step = [ids for ids in seen if len(ids) == 8 and len(set(ids)) == 8][-1]
+    assert f"its bags are {', '.join(of_step)}, and the last good checkpoint is {tmp_path}/run/checkpoint-3." in line
+    assert checkpoints(tmp_path / "run") == [3]
+    goes_on(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("rate", "message"), [("1e37", "step 2 has loss "), ("1e39", "after step 1 the weight ")])
+def test_no_checkpoint_holds_a_weight_that_is_no_number(config, tmp_path, capsys, rate, message):
+    line = stopped(capsys, config, "--learning-rate", rate, "--save-steps", "1")
+    assert message in line and "Lower learning_rate" in line
+    for step in checkpoints(tmp_path / "run"):
+        weights = load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())
+    assert checkpoints(tmp_path / "run") == ([1] if rate == "1e37" else [])
+
+
+def test_a_kill_while_old_checkpoints_are_deleted(world, tmp_path, monkeypatch):
+    """What is left of them is not taken for a checkpoint, and is gone after the next one."""
+
+    class Killed(BaseException):
+        pass
+
+    def half(folder, *args, **kwargs):
+        if any(Path(folder).glob("*")) and not Path(folder).name.startswith("checkpoint-"):
+            next(Path(folder).glob("*.safetensors"), Path("nothing")).unlink(missing_ok=True)
+            if (Path(folder) / "optimizer.pt").exists():
+                raise Killed
+        rmtree(folder, *args, **kwargs)
+
+    rmtree = shutil.rmtree
+    config = tiny_train_config(world, output_dir=tmp_path / "run", save_steps=1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.shutil, "rmtree", half)
+        training.train(config)
+    left = checkpoints(tmp_path / "run")
+    assert len(left) == 2
+    for step in left:
+        assert load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+    training.train(dataclasses.replace(config), resume=True)
+    assert not (tmp_path / "run" / ".unfinished").exists()
+
+
+@pytest.mark.slow
+def test_twenty_kills():
+    """Every run that was killed and resumed ends as one that was not; see the script."""
+    command = [sys.executable, KILLS, "--kills", "20", "--seed", "0"]
+    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "20 kills" in found.stdout and "no differences" in found.stdout
