@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -310,6 +311,7 @@ FOUND = {
     ),
     "a domain that is none": ("listings_0.json.gz", '{"item_id": "B1", "domain_name": null}', "line 1 is no listing"),
     "a column whose name has two lines": ("written.csv", '"item\nid",caption\n', "has the columns item id, caption"),
+    "a field whose name is a line's end": ("evaluate.yaml", 'dataset: {"a\\nb": 1}', "unknown field dataset.a b;"),
     "a list where fields belong": ("evaluate.yaml", "dataset: [{'': null}]", 'Unknown field ""'),
     "an int that is none": ("train.yaml", "seed: !!int x", "no YAML file"),
     "an empty int": ("train.yaml", "seed: !!int ''", "no YAML file"),
@@ -393,6 +395,28 @@ def test_a_bad_name_is_one_bad_bag(tmp_path):
     for number, sample in enumerate(samples):
         with pytest.raises(BagError, match=f"^bag '{sample.id}': "):
             BagDataset(samples)[number]
+
+
+def test_a_pickle_that_says_it_has_millions_of_objects(tmp_path):
+    """Of 12 bytes; the unpickler in C made room for all of them."""
+    file = READERS["written.pkl"].write(tmp_path / "written.pkl")
+    for number in (2**24, 2**32 - 1):
+        file.write_bytes(b"\x80\x02}r" + number.to_bytes(4, "little") + b".")
+        tracemalloc.start()
+        with pytest.raises(MivpgError, match=r"written\.pkl"):
+            READERS["written.pkl"].read(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+        tracemalloc.stop()
+
+
+def test_an_archive_of_several_disks(tmp_path):
+    """Python's `is_zipfile` has an error of its own for it."""
+    file = READERS["features.pt"].write(tmp_path / "features.pt")
+    end = file.read_bytes().rindex(b"PK\x05\x06")
+    locator = b"PK\x06\x07" + (1).to_bytes(4, "little") + (0).to_bytes(8, "little") + (9).to_bytes(4, "little")
+    file.write_bytes(file.read_bytes()[:end] + locator + file.read_bytes()[end:])
+    with pytest.raises(BagError, match=r"features\.pt is no readable \.pt file: .*multiple disks"):
+        read_features(file)
 
 
 @pytest.mark.parametrize("name", ["features.npy", "member.npz"])

@@ -20,7 +20,8 @@ from training_script import make_world, tiny_train_config
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 
-@pytest.mark.parametrize("language", ["opt", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["opt", "t5"])
 def test_a_divided_model_is_the_whole_one(tmp_path, language, record_property):
     folder = save_blip2(tmp_path / language, language)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", SCRIPT, folder]

@@ -350,8 +350,9 @@ class TestRealSlide:
     def test_from_the_slide_to_a_caption(self, tmp_path):
         """As a user does it, with the model in the package, which knows nothing of tissue."""
         (tmp_path / "bags.jsonl").write_text(json.dumps({"id": "CMU-1", "slides": [str(REAL)]}) + "\n")
-        fields = ("--dataset.bag-file.path", tmp_path / "bags.jsonl", "--tiling.mpp", 1.0)
-        (line,) = done("extract", "--model", BASE_MODEL, "--out", tmp_path / "features", *fields).splitlines()
+        files = ("--dataset.bag-file.path", tmp_path / "bags.jsonl", "--dataset.bag-file.root", "/")
+        options = (*files, "--tiling.mpp", 1.0)
+        (line,) = done("extract", "--model", BASE_MODEL, "--out", tmp_path / "features", *options).splitlines()
         bags = Path(line)
         assert bags.parent.name == "base_model_96px_all_float16_tiles-256px-1.0mpp"
         (picture,) = (bags.parent / "tiles").iterdir()

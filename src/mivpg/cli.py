@@ -762,7 +762,8 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         wanted = field(error.token.keyword or "")
         nearest = difflib.get_close_matches(wanted, known, n=1, cutoff=0)[0]
         where = file if file is not None and str(file) in error.token.source else "command line"
-        raise MivpgError(f"{where}: unknown field {wanted}; the nearest known is {nearest}.") from None
+        named = " ".join(wanted.split())
+        raise MivpgError(f"{where}: unknown field {named}; the nearest known is {nearest}.") from None
     except MissingArgumentError as error:
         assert error.argument is not None
         name = field(error.argument.name)

@@ -205,12 +205,15 @@ def _own_arrays(path: Path, file: Any) -> dict[str, Any]:
 @contextmanager
 def _open_pt(path: Path) -> Iterator[_Stored]:
     """What torch can load without running code that the file names."""
-    if zipfile.is_zipfile(path):
-        try:
+    try:
+        if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                check_unpacked(path, sum(member.file_size for member in archive.infolist()), BagError)
-        except DAMAGE as error:
-            raise _unreadable(path, ".pt file", error) from None
+                unpacked = sum(member.file_size for member in archive.infolist())
+        else:
+            unpacked = 0  # the format of old releases packs nothing
+    except DAMAGE as error:
+        raise _unreadable(path, ".pt file", error) from None
+    check_unpacked(path, unpacked, BagError)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -213,16 +213,17 @@ def _read_pickle(path: Path) -> Any:
         raise MivpgError(f"{path} is no pickle of plain data: {' '.join(str(error).split())}.") from None
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Makes plain containers and nothing else: a pickle may name any callable of the machine, and would call it."""
+class _DataUnpickler(pickle._Unpickler):
+    """Makes plain containers and nothing else: a pickle may name any callable of the machine, and would call it.
+
+    It is Python's own in Python, since the one in C makes room for as many objects as a pickle says that it has.
+    """
 
     ALLOWED: ClassVar[dict[tuple[str, str], type]] = {
         ("collections", "defaultdict"): defaultdict,
         ("collections", "OrderedDict"): OrderedDict,
         ("builtins", "dict"): dict,
         ("builtins", "list"): list,
-        ("builtins", "str"): str,
-        ("builtins", "int"): int,
     }
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
