@@ -25,6 +25,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -45,6 +46,9 @@ from mutmut.mutation.mutators import mutation_operators, operator_string
 ROOT = Path(__file__).parents[1]
 
 FILES = ("modeling_mivpg", "layers", "folded_attention", "bags", "features", "evaluation")
+
+CRITICAL = r"mask|padding|softmax|is_kept|\+ self\.output|\+ added|\+ states|torch\.add\(|amax|\.mean\("
+"""Masks, softmax axes, means and maxima over instances, residuals."""
 
 LEAST = 0.85
 """Share of mutants that has to die."""
@@ -127,35 +131,80 @@ class _Candidates(libcst.CSTVisitor):
 
 
 def draw_mutants(folder: Path, number: int, seed: int) -> list[Mutant]:
-    """A sample of the mutants of all `FILES`, in random order; those that do not compile are passed over."""
-    everything = []
+    """A sample of the mutants of all `FILES`, in random order."""
+    makers = list(_mutants(folder))
+    random.Random(seed).shuffle(makers)
+    return _made(makers, number)
+
+
+def critical_mutants(folder: Path) -> list[Mutant]:
+    """All that change a number, an operator or a condition in statements that `CRITICAL` matches."""
+    makers = [
+        maker
+        for maker in _mutants(folder)
+        if maker.operator not in ("arg_removal", "assignment") and re.search(CRITICAL, maker.statement)
+    ]
+    return _made(makers, len(makers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """A change that is not made yet."""
+
+    file: str
+    line: int
+    operator: str
+    lines: range
+    statement: str
+    module: libcst.Module
+    node: libcst.CSTNode
+    changed: libcst.CSTNode
+
+
+def _mutants(folder: Path) -> Iterator[_Maker]:
+    """In the order of the source."""
     for name in FILES:
-        wrapper = MetadataWrapper(libcst.parse_module((folder / f"{name}.py").read_text()))
+        source = (folder / f"{name}.py").read_text()
+        wrapper, source_lines = MetadataWrapper(libcst.parse_module(source)), source.splitlines()
         candidates = _Candidates()
         wrapper.module.visit(candidates)
         positions, parents = wrapper.resolve(PositionProvider), wrapper.resolve(ParentNodeProvider)
-        everything += [(name, wrapper.module, positions, parents, *found) for found in candidates.found]
-    random.Random(seed).shuffle(everything)
-    drawn: dict[str, Mutant] = {}
-    for name, module, positions, parents, node, changed, operator in everything:
-        if len(drawn) == number:
-            break
-        source = module.deep_replace(node, changed).code
-        with contextlib.suppress(SyntaxError):
-            compile(source, name, "exec")
-            key = hashlib.sha256(source.encode()).hexdigest()[:16]
-            before, after = (" ".join(module.code_for_node(piece).split()) for piece in (node, changed))
-            drawn[key] = Mutant(
-                key=key,
+        for node, changed, operator in candidates.found:
+            lines = _lines_of_statement(node, positions, parents)
+            yield _Maker(
                 file=name,
                 line=positions[node].start.line,
                 operator=operator.removeprefix("operator_"),
+                lines=lines,
+                statement="\n".join(source_lines[line - 1] for line in lines),
+                module=wrapper.module,
+                node=node,
+                changed=changed,
+            )
+
+
+def _made(makers: Iterable[_Maker], number: int) -> list[Mutant]:
+    """The first so many that compile and are not the same."""
+    made: dict[str, Mutant] = {}
+    for maker in makers:
+        if len(made) == number:
+            break
+        source = maker.module.deep_replace(maker.node, maker.changed).code
+        with contextlib.suppress(SyntaxError):
+            compile(source, maker.file, "exec")
+            key = hashlib.sha256(source.encode()).hexdigest()[:16]
+            before, after = (" ".join(maker.module.code_for_node(node).split()) for node in (maker.node, maker.changed))
+            made[key] = Mutant(
+                key=key,
+                file=maker.file,
+                line=maker.line,
+                operator=maker.operator,
                 before=before,
                 after=after,
-                lines=_lines_of_statement(node, positions, parents),
+                lines=maker.lines,
                 source=source,
             )
-    return list(drawn.values())
+    return list(made.values())
 
 
 def _lines_of_statement(node: libcst.CSTNode, positions, parents) -> range:
@@ -185,8 +234,9 @@ class Tests:
         self.seconds: dict[str, float] = {}
         for case in ElementTree.parse(results).iter("testcase"):
             if case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
-                file = case.attrib["classname"].replace(".", "/") + ".py"
-                self.seconds[f"{file}::{case.attrib['name']}"] = float(case.attrib["time"])
+                folder, file, *classes = case.attrib["classname"].split(".")
+                name = "::".join([f"{folder}/{file}.py", *classes, case.attrib["name"]])
+                self.seconds[name] = float(case.attrib["time"])
         self.tests_of: defaultdict[str, list[str]] = defaultdict(list)
         for test in self.seconds:
             self.tests_of[_file_of(test)].append(test)
@@ -419,6 +469,7 @@ def main() -> None:
     parser.add_argument("tests", type=Path, nargs="?", help="pytest's JUnit file of the same run")
     parser.add_argument("--out", type=Path, help="results, a line a mutant")
     parser.add_argument("--part", default="0/1", help="which share of the mutants, 0/2 and 1/2 for two processes")
+    parser.add_argument("--critical", action="store_true", help="instead of a sample: all of `critical_mutants`")
     parser.add_argument("--number", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=110, help="after which no mutant is begun")
@@ -428,7 +479,11 @@ def main() -> None:
         results = read_results(arguments.report)
         print(report(results))
         sys.exit(_share_killed(results) < LEAST)
-    mutants = draw_mutants(ROOT / "src/mivpg", arguments.number, arguments.seed)
+    package = ROOT / "src/mivpg"
+    if arguments.critical:
+        mutants = critical_mutants(package)
+    else:
+        mutants = draw_mutants(package, arguments.number, arguments.seed)
     index, num_parts = map(int, arguments.part.split("/"))
     run_part(Tests(arguments.coverage, arguments.tests), arguments.out, mutants[index::num_parts], arguments.minutes)
 

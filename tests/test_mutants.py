@@ -38,8 +38,9 @@ def test_that_waits():
     time.sleep(600 if clip(7, 5) is None else 0)
 
 
-def test_below():
-    assert clip(2, 5) == 2
+class TestBelow:
+    def test_below(self):
+        assert clip(2, 5) == 2
 
 
 def test_above():
@@ -51,7 +52,8 @@ def test_nothing():
 """
 
 FAILS, WAITS, BELOW, ABOVE, NOTHING = (
-    f"tests/test_clip.py::test_{name}" for name in ("that_fails", "that_waits", "below", "above", "nothing")
+    f"tests/test_clip.py::{name}"
+    for name in ("test_that_fails", "test_that_waits", "TestBelow::test_below", "test_above", "test_nothing")
 )
 
 
@@ -71,10 +73,10 @@ def project(tmp_path, monkeypatch) -> Path:
         data.add_lines({str(package / "clip.py"): [7, 10]})  # line 10 is in the middle of a statement
     data.write()
     seconds = {FAILS: 0.01, WAITS: 0.02, BELOW: 0.03, ABOVE: 0.04, NOTHING: 0.0}
-    cases = [
-        f'<testcase classname="tests.test_clip" name="{test.partition("::")[2]}" time="{seconds[test]}"/>'
-        for test in seconds
-    ]
+    cases = []
+    for test in seconds:
+        classname, _, name = test.replace("/", ".").replace(".py", "").replace("::", ".").rpartition(".")
+        cases.append(f'<testcase classname="{classname}" name="{name}" time="{seconds[test]}"/>')
     (tmp_path / "tests.xml").write_text(f"<testsuites>{''.join(cases)}</testsuites>")
     monkeypatch.setattr(mutants, "FILES", ("clip",))
     return tmp_path
@@ -121,6 +123,12 @@ def test_a_sample_is_a_function_of_the_seed(project):
     keys = [mutant.key for mutant in drawn(project, 5)]
     assert keys == [mutant.key for mutant in drawn(project)][:5]
     assert keys != [mutant.key for mutant in drawn(project, 5, seed=1)]
+
+
+def test_of_what_is_critical_all_numbers_operators_and_conditions_change(project, monkeypatch):
+    monkeypatch.setattr(mutants, "CRITICAL", r"value < 0|limit,")
+    found = {(mutant.line, mutant.after) for mutant in mutants.critical_mutants(project / "src/mivpg")}
+    assert found == {(7, "<= 0"), (7, "1")}
 
 
 def test_tests_of_the_line_come_first_and_quick_ones_before_slow_ones(project, monkeypatch):

@@ -90,13 +90,20 @@ def test_the_sdist_has_the_project_and_builds_the_same_wheel(source, sdist, whee
 
 
 def test_the_wheel_captions_without_the_source(wheel, tmp_path):
+    """And without writing where it is installed, which an installation of the system forbids."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")  # what installing it does, but for the command's own file
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
     command = [sys.executable, "-m", "mivpg.cli", "caption", "photo.png", "--num-beams", "1", "--max-new-tokens", "3"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "PYTHONSAFEPATH": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path / "site"),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    installed = {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "site").rglob("*")} == installed
     where = subprocess.run(
         [sys.executable, "-c", "import mivpg; print(mivpg.__file__)"],
         cwd=tmp_path,

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mivpg.errors import BagError
-from mivpg.files import DAMAGE, check_is_file, check_unpacked
+from mivpg.files import DAMAGE, check_is_file, check_unpacked, listed
 
 NAMES = ("features", "feats")
 """What other tools call them."""
@@ -132,7 +132,7 @@ def _open_safetensors(path: Path) -> Iterator[_Stored]:
     with file:
         names = set(file.keys())
         if "image_embeds" not in names:
-            raise BagError(f"{path} holds {', '.join(sorted(names))}, expected a tensor named image_embeds.")
+            raise BagError(f"{path} holds {listed(sorted(names))}, expected a tensor named image_embeds.")
         with_coords = "coords" in names
         yield _Stored(
             shape=tuple(file.get_slice("image_embeds").get_shape()),
@@ -187,7 +187,7 @@ def _own_arrays(path: Path, file: Any) -> dict[str, Any]:
     import h5py
 
     if not any(name in file for name in NAMES):
-        raise BagError(f"{path} holds {', '.join(file) or 'no array'}, expected {' or '.join(NAMES)}.")
+        raise BagError(f"{path} holds {listed(file) or 'no array'}, expected {' or '.join(NAMES)}.")
     arrays = {}
     for name in (*NAMES, "coords"):
         link = file.get(name, getlink=True)
@@ -235,7 +235,7 @@ def _open_pt(path: Path) -> Iterator[_Stored]:
 def _of_another_tool(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]) -> _Stored:
     name = next((name for name in NAMES if name in shapes), None)
     if name is None:
-        raise BagError(f"{path} holds {', '.join(map(str, shapes)) or 'no array'}, expected {' or '.join(NAMES)}.")
+        raise BagError(f"{path} holds {listed(shapes) or 'no array'}, expected {' or '.join(NAMES)}.")
     shape, coords_shape = shapes[name], shapes.get("coords")
     return _Stored(
         shape=shape[1:] if len(shape) == 3 and shape[0] == 1 else shape,

@@ -11,7 +11,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -192,8 +192,12 @@ def check_columns(path: Path, rows: csv.DictReader, expected: tuple[str, ...]) -
     """Checks that a table has the columns that will be read."""
     found = rows.fieldnames or []
     if not set(expected) <= set(found):
-        names = " ".join(", ".join(found).split()) or "(none)"
-        raise MivpgError(f"{path} has the columns {names}, expected {' and '.join(expected)}.")
+        raise MivpgError(f"{path} has the columns {listed(found) or '(none)'}, expected {' and '.join(expected)}.")
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Names that a file brings, for an error, which is one line though a name may have several."""
+    return " ".join(", ".join(map(str, names)).split())
 
 
 def refuse_used(folder: Path, what_for: str = "") -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mivpg.errors import MivpgError
-from mivpg.files import DAMAGE, check_is_file, check_unpacked
+from mivpg.files import DAMAGE, check_is_file, check_unpacked, listed
 
 # n instances of the file, D their width
 
@@ -137,7 +137,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
                 if not isinstance(arrays[name], np.ndarray):  # a member of the archive that is no array is bytes
                     raise MivpgError(f"{path}: {name} is a file of another kind, expected an array.")
             elif name in ("x", "bag", "y"):
-                raise MivpgError(f"{path} holds {', '.join(file) or 'no array'}, expected an array named {name}.")
+                raise MivpgError(f"{path} holds {listed(file) or 'no array'}, expected an array named {name}.")
     return arrays
 
 
