@@ -53,11 +53,11 @@ CRITICAL = r"mask|padding|softmax|is_kept|\+ self\.output|\+ added|\+ states|tor
 LEAST = 0.85
 """Share of mutants that has to die."""
 
-SECONDS = 90
+SECONDS = 30
 """Of tests, as long as they took under coverage, for one mutant."""
 
 GRACE = 60
-"""Seconds that tests may take beside four times what they took under coverage; the machine may be busier."""
+"""Seconds that a test may take beside four times what it took under coverage; the machine may be busier."""
 
 IMPORTED_ONCE = (
     "torch",
@@ -379,8 +379,12 @@ class Bench:
             except BaseException:
                 failed = True
             os._exit(failed)
-        limit = time.monotonic() + GRACE + 4 * sum(tests.seconds[test] for those in selected for test in those)
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < limit:
+        running, since = "", time.monotonic()
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if (now := self.verdict.read_text()) != running:
+                running, since = now, time.monotonic()
+            if time.monotonic() - since > GRACE + 4 * tests.seconds.get(running, 0.0):
+                break
             time.sleep(0.02)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # and what it has started, such as Java

@@ -621,6 +621,9 @@ def test_every_loopback_address_answers_to_its_own_names_alone(host):
             assert served.request("GET", "/config", Host=f"{name}:{port}")[0] == 200, name
         for name in FOREIGN:
             assert served.request("GET", "/config", Host=name)[0] == 400, name
+        for origin in ("http://evil.example", "http://evil.example:7860", "null", "http://127.0.0.1.evil.example"):
+            assert served.request("GET", "/config", Origin=origin)[0] == 400, origin
+        assert served.request("GET", "/config", Origin=f"http://localhost:{port}")[0] == 200
     finally:
         page.close(verbose=False)
 

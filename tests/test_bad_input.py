@@ -383,6 +383,16 @@ def test_arrays_of_hdf5_that_are_no_features(tmp_path, shape):
         read_features(tmp_path / "a.h5")
 
 
+def test_a_floating_point_type_that_no_machine_has(tmp_path):
+    """Found by atheris: h5py learns of it when it is asked how large the array is."""
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_ebias(2**20)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        h5py.h5d.create(file.id, b"features", kind, h5py.h5s.create_simple((2, 4)))
+    with pytest.raises(BagError, match=r"a\.h5 is no readable HDF5 file: Insufficient precision"):
+        read_features(tmp_path / "a.h5")
+
+
 def test_a_bad_name_is_one_bad_bag(tmp_path):
     """Half a surrogate pair, a null byte, too long a name: what JSON can hold and no folder can."""
     names = ["\ud800.png", "a\0.png", "n" * 300 + ".png", ""]

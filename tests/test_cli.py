@@ -21,9 +21,17 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from families import save_blip2, save_language_model, save_vision_model
-from mivpg import GenerationOptions, MivpgForConditionalGeneration, MivpgProcessor, images, score_captions, training
+from mivpg import (
+    GenerationOptions,
+    MivpgError,
+    MivpgForConditionalGeneration,
+    MivpgProcessor,
+    images,
+    score_captions,
+    training,
+)
 from mivpg.cli import main
-from mivpg.datasets import CocoConfig, PatchGastricConfig
+from mivpg.datasets import BagFileConfig, CocoConfig, DatasetConfig, PatchGastricConfig
 from mivpg.miniature import BASE_MODEL
 from test_abo import Shop
 from test_images import png_of
@@ -443,6 +451,52 @@ def test_extract_passes_bad_bags_over_and_its_exit_code_says_so(world, tmp_path)
     assert result.out == f"{store / 'bags.jsonl'}\n"
     assert [bag["id"] for bag in lines_of(store / "bags.jsonl")] == ["first", "last"]
     assert lines_of(store / "errors.jsonl") == [{"id": "bad", "error": missing}]
+
+
+def test_a_bag_file_outlives_its_photos(world, tmp_path):
+    for name in ("a.png", "b.png"):
+        photo(3).save(tmp_path / name)
+    bags = [{"id": name, "images": [name]} for name in ("a.png", "b.png")]
+    options = ("--model", world.blip2, "--out", tmp_path / "features")
+    command = ("extract", "--dataset.bag-file.path", write_bags(tmp_path / "bags.jsonl", *bags), *options)
+    made = Path(done(*command).strip())
+    before = contents(made.parent)
+    for bag in bags:
+        (tmp_path / bag["id"]).unlink()
+    assert done(*command) == f"{made}\n"
+    assert contents(made.parent) == before
+    # Nothing that can be read, and nothing stored of it.
+    others = write_bags(tmp_path / "others.jsonl", {"id": "c", "images": ["c.png"]})
+    result = mivpg("extract", "--dataset.bag-file.path", others, *options)
+    assert (result.code, result.out) == (1, "")
+    assert result.err == f"mivpg: none of 1 bags could be read; {made.parent / 'errors.jsonl'} says why.\n"
+    assert made.read_bytes() == before[made]
+
+
+def test_a_store_that_lacks_a_bad_bag_is_read_without_it(world, tmp_path, caplog):
+    photo(3).save(tmp_path / "a.png")
+    bad = [{"id": f"bad {split}", "images": ["missing.png"], "split": split} for split in ("train", "test")]
+    bags = write_bags(tmp_path / "bags.jsonl", *bad, {"id": "good", "images": ["a.png"], "split": "test"})
+    command = ("extract", "--dataset.bag-file.path", bags, "--model", world.blip2, "--out", tmp_path / "features")
+    store = Path(mivpg(*command).out.strip()).parent
+    dataset = DatasetConfig(bag_file=BagFileConfig(path=bags), features=store)
+    caplog.clear()
+    assert [(sample.id, sample.features.parent) for sample in dataset.load()] == [("good", store)]
+    assert [record.message for record in caplog.records] == [
+        f"2 bags are left out, since `mivpg extract` could not read them; the first of {store / 'errors.jsonl'}: "
+        f"bag 'bad train': {tmp_path / 'missing.png'} does not exist, expected a picture."
+    ]
+    lines = (store / "errors.jsonl").read_text().splitlines(keepends=True)
+    (store / "errors.jsonl").write_text(lines[0])
+    with pytest.raises(MivpgError, match=r"holds no features of bag 'bad test'; `mivpg extract` makes what is missing"):
+        dataset.load()
+    (store / "errors.jsonl").write_text(lines[0] + "{")
+    with pytest.raises(MivpgError, match=r'errors\.jsonl, line 2 is not {"id", "error"}; run `mivpg extract` again'):
+        dataset.load()
+    (store / "errors.jsonl").write_text("".join(lines))
+    write_bags(bags, *bad)
+    with pytest.raises(MivpgError, match=r"holds no features, since no bag could be read \(errors\.jsonl: bag 'bad tr"):
+        dataset.load()
 
 
 class Terminal(io.StringIO):

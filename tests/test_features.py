@@ -36,7 +36,7 @@ from mivpg import (
 from mivpg.bags import one_pair_a_reference
 from mivpg.datasets.bag_file import load_bag_file
 from mivpg.feature_files import name_in_store, read_features
-from mivpg.features import _open_batches, _share_of
+from mivpg.features import _open_batches, _share_of, place_tiles
 from tiny import randomize_added_weights
 
 NUM_IMAGES = (2, 1, 5, 3)
@@ -491,11 +491,27 @@ class TestRefusing:
             extract_features(model, processor, extracted, tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
-    def test_an_image_that_is_gone(self, tmp_path, model, processor, samples):
+    def test_an_image_that_is_gone_and_was_another(self, tmp_path, model, processor, samples):
         extract_features(model, processor, samples[:1], tmp_path / "store")
-        samples[0].images[1].unlink()
-        with pytest.raises(BagError, match=r"bag 'bag 0': .*0-1\.png does not exist"):
-            extract_features(model, processor, samples[:1], tmp_path / "store")
+        other = replace(samples[0], images=(samples[0].images[0], Path("other.png")))
+        with pytest.raises(BagError, match=r"bag 'bag 0': other\.png does not exist"):
+            extract_features(model, processor, [other], tmp_path / "store")
+
+    def test_an_image_that_is_gone_beside_one_that_changed(self, tmp_path, model, processor, samples):
+        extract_features(model, processor, samples[:1], tmp_path / "store")
+        samples[0].images[0].unlink()
+        Image.new("RGB", (9, 9)).save(samples[0].images[1])
+        with pytest.raises(MivpgError, match=r"was made of another image than .*0-1\.png is now"):
+            extract_features(model, processor, samples[:1], tmp_path / "store", strict=False)
+
+    def test_a_slide_that_is_named_twice(self, tmp_path, model, processor, samples):
+        case = Sample(id="case", slides=(Path("a.svs"), Path("b.svs"), Path("a.svs")))  # neither is there: unread
+        message = r"slide a\.svs is named twice, expected each slide of a case once"
+        with pytest.raises(BagError, match=f"bag 'case': {message}"):
+            extract_features(model, processor, [case], tmp_path / "store")
+        assert not (tmp_path / "store").exists()
+        with pytest.raises(BagError, match=message):
+            place_tiles(case.slides, [])
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -575,12 +591,29 @@ class TestPassingOver:
         extracted = extract_features(model, processor, samples, tmp_path / "store", batch_size=1, strict=False)
         assert [sample.id for sample in extracted] == ["bag 0", "bag 1", "bag 3"]
 
-    def test_stored_features_whose_image_is_gone(self, tmp_path, model, processor, samples):
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_stored_features_stay_when_their_images_are_gone(self, tmp_path, model, processor, samples, strict, caplog):
+        extract_features(model, processor, samples, tmp_path / "one go")
         extract_features(model, processor, samples[:3], tmp_path / "store")
+        samples[0].images[0].unlink()
         samples[2].images[1].unlink()
-        extracted = extract_features(model, processor, samples, tmp_path / "store", batch_size=4, strict=False)
-        assert [sample.id for sample in extracted] == ["bag 0", "bag 1", "bag 3"]
-        assert [error["id"] for error in lines_of(tmp_path / "store" / "errors.jsonl")] == ["bag 2"]
+        extracted = extract_features(model, processor, samples, tmp_path / "store", strict=strict)  # one batch
+        assert [sample.id for sample in extracted] == ["bag 0", "bag 1", "bag 2", "bag 3"]
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            f"{tmp_path / 'store'}: images or slides of 2 bags are gone; their stored features are kept."
+        ]
+        assert sorted(contents(tmp_path / "store")) == sorted(contents(tmp_path / "one go"))  # without errors.jsonl
+        name = name_in_store("bag 3")
+        assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "one go" / name).read_bytes()
+
+    def test_the_announcement_waits_for_a_picture(self, tmp_path, model, processor, samples, monkeypatch):
+        said = []
+        monkeypatch.setattr(mivpg.features, "_announce", lambda *numbers: said.append(numbers[:-1]))
+        samples[1].images[0].unlink()
+        bags = [samples[1], samples[0]]
+        (extracted,) = extract_features(model, processor, bags, tmp_path / "store", batch_size=1, strict=False)
+        num_bytes = 3 * read_features(extracted.features)[0][0].nbytes
+        assert said == [(tmp_path / "store", 3, 2, 0, num_bytes)] and num_bytes > 0
 
     def test_two_bags_of_one_id_are_no_bad_bag(self, tmp_path, model, processor, samples):
         with pytest.raises(BagError, match="two bags of this id"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import CommitOperationAdd, ModelCard, metadata_load, metadata_save
 from huggingface_hub.errors import EntryNotFoundError
@@ -279,9 +280,84 @@ def test_the_hub_gets_the_same_card(best, tmp_path, monkeypatch, there_already):
         assert sent == expected.replace("- arxiv:2406.02987\n", f"- arxiv:2406.02987\n{added}")
     assert card(tmp_path / "shop") == expected
 
-    classifier = make_classifier(config_of("mean"), width=4, num_labels=2)
-    classifier.push_to_hub("me/labels")
-    assert "It says which label a bag of images has." in hub.cards[-1]
+
+MADE_UP = "---\nlibrary_name: transformers\n---\n# Model Card\nThis model card has been automatically generated.\n"
+"""What transformers writes, as it does for a processor that is sent before its model."""
+
+
+@pytest.mark.parametrize("there_already", [None, MADE_UP, "---\nmivpg: null\n---\n\n# A model of mivpg 0.1\n"])
+def test_where_nothing_is_known_made_cards_are_replaced(monkeypatch, there_already):
+    hub = FakeHub(monkeypatch, there_already)
+    make_classifier(config_of("mean"), width=4, num_labels=2).push_to_hub("me/labels")
+    assert section(hub.cards[-1], "Metrics") == "Not measured here."
+
+
+def test_where_nothing_is_known_a_card_written_by_hand_stays(monkeypatch):
+    written = "---\nlicense: mit\n---\n# Labels of ours\n\nAsk us.\n"
+    hub = FakeHub(monkeypatch, written)
+    make_classifier(config_of("mean"), width=4, num_labels=2).push_to_hub("me/labels", tags=["labels"])
+    assert metadata_load_of(hub.cards[-1]) == {"license": "mit", "tags": ["labels"]}
+    assert hub.cards[-1].endswith("# Labels of ours\n\nAsk us.\n")
+
+
+def test_where_nothing_is_known_the_card_there_says_what_it_knows(best, monkeypatch):
+    hub = FakeHub(monkeypatch, card(best))
+    model = make_classifier(config_of("mean"), width=4, num_labels=2)
+    model.push_to_hub("me/labels")
+    assert metadata_load_of(hub.cards[-1])["mivpg"] == dataclasses.asdict(read_training(best))
+    hub.there_already = None
+    model.push_to_hub("me/others")  # of which it says nothing
+    assert "mivpg" not in metadata_load_of(hub.cards[-1])
+
+
+def metadata_load_of(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def cached(cache: Path, revision: str, commit: str) -> Path:
+    """Where a cache, as huggingface_hub lays it out, has a revision of me/shop."""
+    folder = cache / "models--me--shop"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def test_of_a_model_on_the_hub_the_card_is_read_too(best, tmp_path):
+    """A checkpoint, a whole model, and one without a card; each is another revision."""
+    hub = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    shutil.copytree(best, cached(tmp_path / "cache", "trained", "a" * 40))
+    MivpgForConditionalGeneration.from_pretrained(best).save_pretrained(cached(tmp_path / "cache", "whole", "b" * 40))
+    shutil.copytree(best, bare := cached(tmp_path / "cache", "bare", "c" * 40))
+    (bare / CARD).unlink()
+    known = read_training(best)
+    for revision, expected in (("trained", known), ("whole", known), ("bare", None)):
+        model = MivpgForConditionalGeneration.from_pretrained("me/shop", revision=revision, **hub)
+        assert model._training == expected, revision
+
+
+def test_the_card_on_the_hub_is_asked_for_as_other_files_are(tmp_path, monkeypatch):
+    """And a Hub that does not answer keeps no model from being loaded."""
+    make_classifier(config_of("mean"), width=4, num_labels=2).save_pretrained(
+        folder := cached(tmp_path / "cache", "v2", "a" * 40)
+    )
+    (folder / CARD).unlink()
+    asked = []
+
+    def cached_file(name, file, **hub):
+        asked.append((name, file, hub))
+        raise OSError("no answer")
+
+    monkeypatch.setattr("mivpg.checkpoints.cached_file", cached_file)
+    hub = {"cache_dir": tmp_path / "cache", "revision": "v2", "token": "t", "local_files_only": True}
+    assert MivpgForBagClassification.from_pretrained("me/shop", **hub)._training is None
+    assert asked == [("me/shop", CARD, hub)]
+
+
+def test_weights_that_are_given_have_no_card():
+    model = make_classifier(config_of("mean"), width=4, num_labels=2)
+    again = MivpgForBagClassification.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert again._training is None
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 def test_a_card_survives_what_transformers_does_to_it(best, tmp_path):

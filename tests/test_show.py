@@ -25,12 +25,12 @@ from mivpg import (
     show,
 )
 from mivpg.attention_pictures import draw_heads, draw_patches, draw_words, patch_maps
-from mivpg.bags import Bag, Sample
+from mivpg.bags import Bag, BagDataset, Sample
 from mivpg.datasets.bag_file import load_bag_file, write_bag_file
 from mivpg.feature_files import read_features
 from mivpg.likelihood import embed_images
 from mivpg.miniature import BASE_MODEL
-from mivpg.show import cut_slides, draw_pictures, look_at_bag, page
+from mivpg.show import cut_slides, draw_pictures, look_at_bag, page, tiles_on_slides
 from mivpg.slides import TileOptions, find_tiles
 from test_cli import done, refusal
 from test_real_data import ABO, needs_abo
@@ -239,6 +239,10 @@ def test_refusals(shop, tmp_path):
         (("--bags", tmp_path / "b.csv", "--check", "--bag", "x"), "show: --check is about every bag; leave --bag out."),
         ((tmp_path / "no.png",), "no.png does not exist"),
         (("--slide", tmp_path / "no.svs", "--model", shop / "model"), "no.svs does not exist"),
+        (
+            ("--slide", tmp_path / "a.svs", "--slide", tmp_path / "used" / ".." / "a.svs", "--model", tmp_path / "no"),
+            "a.svs is given twice; give each slide once.",
+        ),
     ]:
         assert expected in refusal(tmp_path, "show", *arguments, "--out", free), arguments
     assert "used is in use" in refusal(tmp_path, "show", picture, "--out", tmp_path / "used")
@@ -288,6 +292,11 @@ def test_each_slide_of_a_case_is_drawn_by_itself(shop, case, tmp_path):
         f"The other {len(of_b)} of {len(weights)} tiles lie on slides that were not given."
         in (one / "attention.html").read_text()
     )
+    in_a = sum(index >= len(of_b) for index in np.argsort(-np.asarray(weights))[:8])
+    assert 0 < in_a < min(8, len(weights))
+    said = f'alt="{in_a} of the {min(8, len(weights))} tiles looked at most, in order; the others lie on slides'
+    assert said in (one / "attention.html").read_text()
+    assert f'alt="The {min(8, len(weights))} tiles looked at most, in order."' in html
     done("show", *given, "--out", none)  # side by side on a plain canvas
     assert len(json.loads((none / "tiles.geojson").read_text())["features"]) == len(weights)
 
@@ -315,10 +324,30 @@ def test_a_slide_on_which_a_bag_cannot_be_placed(shop, case, tmp_path):
             (*others, "--bag", "old", *slide),
             "old.safetensors: coords do not say on which of several slides a tile lies;",
         ),
-        ((*others, "--bag", "foreign", *slide, *slide), "extract the features anew, or give the one --slide."),
+        (
+            (*others, "--bag", "foreign", *slide, "--slide", case / "b.tif"),
+            "extract the features anew, or give the one --slide.",
+        ),
         ((*bags, "--check", *slide), "show: --check is about every bag; leave --slide out."),
     ]:
         assert expected in refusal(tmp_path, "show", *arguments, "--out", tmp_path / "o"), arguments
+
+
+def test_the_only_slide_of_a_bag_may_go_by_another_name(shop, case, tmp_path):
+    """One alone: of two the other would be drawn with its tiles."""
+    model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
+    processor = MivpgProcessor.from_pretrained(shop / "model")
+    samples = [Sample(id="one", slides=(case / "a.tif",))]
+    (sample,) = extract_features(model, processor, samples, tmp_path / "store", tiling=SMALL)
+    bag = BagDataset([sample])[0]
+    (tmp_path / "a.tif").symlink_to(case / "b.tif")  # another slide of that name
+    (tiles,) = tiles_on_slides(sample, bag, [case / "b.tif"])
+    assert tiles.slide == case / "b.tif"
+    assert tiles.corners.tolist() == [[tile.x, tile.y] for tile in find_tiles(case / "a.tif", SMALL)]
+    with pytest.raises(MivpgError, match=r"features were made of .*a\.tif, not of .*b\.tif; give --slide one of these"):
+        tiles_on_slides(sample, bag, [case / "a.tif", case / "b.tif"])
+    with pytest.raises(MivpgError, match=r"a\.tif and .*a\.tif both go by the name of .*; give --slide one of them"):
+        tiles_on_slides(sample, bag, [case / "a.tif", tmp_path / "a.tif"])
 
 
 def test_slides_are_cut_as_extract_cuts_them_and_no_tile_is_kept_twice(shop, case, monkeypatch):

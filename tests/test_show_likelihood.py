@@ -144,6 +144,25 @@ def test_of_many_choices_some_are_drawn_and_always_the_same(opt, monkeypatch):
     assert exact.random == pytest.approx(np.mean(sums) - exact.log_likelihood, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bag", "Ä\U0001f600", "\ud83d"])
+def test_what_is_drawn_is_seeded_by_the_id(opt, monkeypatch, name):
+    """Ordinary ids as text, from which `random` makes its own seed; half a surrogate pair is no text that encodes."""
+    seen: list[int] = []
+
+    def likelihoods(model, processor, bags, captions, **_):
+        seen.extend(int(bag.image_embeds.sum()) for bag in bags)
+        return torch.zeros(len(bags))
+
+    monkeypatch.setattr("mivpg.likelihood.caption_log_likelihoods", likelihoods)
+    bag = replace(random_bag(12), id=name, image_embeds=2.0 ** torch.arange(12)[:, None, None])
+    remove_images(*opt, bag, "a", np.arange(12.0), seed=3)
+    if name != "\ud83d":
+        generator = random.Random(f"removal 3 {name}")
+        expected = [4095 - sum(2**i for i in generator.sample(range(12), 3)) for _ in range(NUM_DRAWS)]
+        assert seen[3:] == expected
+    assert len(seen) == 3 + NUM_DRAWS
+
+
 def test_of_two_images_a_random_one_is_the_most_or_the_least_attended(opt):
     removal = remove_images(*opt, random_bag(2), "a chair", [0.3, 0.7])
     assert removal.random == pytest.approx((removal.most + removal.least) / 2, abs=1e-5)

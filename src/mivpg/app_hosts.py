@@ -68,7 +68,8 @@ class OwnNames:
     """An ASGI layer that answers only who asks for a loopback address, for localhost, or for the name that was given.
 
     Another site's page could have its own name point to this machine and read what is here (DNS rebinding); its
-    requests have that name as their Host.
+    requests have that name as their Host. And without reading the answers it could send files here or have captions
+    written; its requests have its own name as their Origin.
 
     Args:
         app: What answers the others.
@@ -81,8 +82,10 @@ class OwnNames:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):
-            asked = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-            if len(asked) != 1 or not self.is_own(asked[0]):
+            headers = [(name, value.decode("latin-1")) for name, value in scope["headers"]]
+            asked = [value for name, value in headers if name == b"host"]
+            origins = [value.partition("://")[2] for name, value in headers if name == b"origin"]
+            if len(asked) != 1 or not all(map(self.is_own, asked + origins)):
                 from starlette.responses import PlainTextResponse
 
                 refusal = PlainTextResponse("This page answers to names of this machine alone.", status_code=400)

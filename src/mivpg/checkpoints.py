@@ -35,7 +35,7 @@ from mivpg.loading import (
     split_fields,
     vision_output_shape,
 )
-from mivpg.model_card import CARD, Training, read_training, write_model_card
+from mivpg.model_card import CARD, Training, is_made, read_training, write_model_card
 
 FROZEN_PARTS = ("vision_model", "language_model")
 
@@ -45,16 +45,17 @@ class CardMixin(PreTrainedModel):
 
     config: MivpgConfig
     _training: Training | None = None
-    """What the card of the folder that this was loaded from knows of its training."""
+    """What the card beside the weights that this was loaded from knows of its training."""
     _base_of_card: Mapping[str, Mapping[str, Any]] | None = None
     """The base, while `save_pretrained` keeps it out of `config.json`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As transformers', and remembers what the folder's card knows."""
+        """As transformers', and remembers what the card of the folder, or of the model on the Hub, knows."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # the other is what `output_loading_info` asks for
-        model._training = read_training(Path(pretrained_model_name_or_path))
+        if pretrained_model_name_or_path is not None:  # else the weights are given
+            model._training = find_training(pretrained_model_name_or_path, **hub_arguments(kwargs))
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
@@ -63,7 +64,7 @@ class CardMixin(PreTrainedModel):
         try:
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             if is_main_process:
-                self._write_card(Path(save_directory))
+                self._write_card(Path(save_directory), self._training)
         finally:
             self._base_of_card, self.config.base = None, self._base_of_card
 
@@ -71,17 +72,32 @@ class CardMixin(PreTrainedModel):
         """What transformers calls to send a folder to the Hub, by `push_to_hub` and by `save_pretrained`.
 
         Into the folder it has put the card that it found there, maybe that of another training, or one that it made up
-        itself. Ours takes that one's place, and its tags, which are those that the caller named.
+        itself. Ours takes that one's place, and its tags, which are those that the caller named. A model that knows
+        nothing of its training takes over what the card there knows, and leaves one alone that somebody wrote by hand.
         """
         card = Path(working_dir) / CARD
-        self._write_card(card.parent, tags=(metadata_load(card) or {}).get("tags") or [])
+        training = self._training or read_training(card.parent)
+        if training is not None or is_made(card.parent):
+            self._write_card(card.parent, training, tags=(metadata_load(card) or {}).get("tags") or [])
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _write_card(self, folder: Path, tags: Sequence[str] = ()) -> None:
+    def _write_card(self, folder: Path, training: Training | None, tags: Sequence[str] = ()) -> None:
         base = self._base_of_card or self.config.base
-        write_model_card(
-            folder, self.config, base, is_whole=True, training=self._training, was_loaded=True, more_tags=tags
-        )
+        write_model_card(folder, self.config, base, is_whole=True, training=training, was_loaded=True, more_tags=tags)
+
+
+def find_training(name_or_path: str | os.PathLike, **hub: Any) -> Training | None:
+    """What the card of a folder or of a model on the Hub knows; None also where there is no card to be had.
+
+    Args:
+        name_or_path: As for `from_pretrained`.
+        **hub: transformers' arguments for the Hub.
+    """
+    try:
+        card = cached_file(os.fspath(name_or_path), CARD, **hub)
+    except OSError:  # no card, or no network: neither keeps a model from being loaded
+        return None
+    return None if card is None else read_training(Path(card).parent)
 
 
 class CheckpointMixin(CardMixin):
@@ -112,8 +128,9 @@ class CheckpointMixin(CardMixin):
             config, kwargs = load_config(path, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         if config.base is not None:
+            own_hub_arguments = hub_arguments(kwargs)
             model = cls._from_checkpoint(path, copy.deepcopy(config), base or {}, kwargs)
-            model._training = read_training(Path(path))
+            model._training = find_training(path, **own_hub_arguments)
             return (model, {"missing_keys": set(), "unexpected_keys": set()}) if wants_info else model
         with loading("weights", path):
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)

@@ -174,6 +174,8 @@ def caption(
         raise MivpgError("caption: give the images of one bag, or --bags FILE --out FILE.")
     if (bags is None) != (out is None):
         raise MivpgError("caption: --bags FILE and --out FILE go together.")
+    if root is not None and bags is None:
+        raise MivpgError("caption: --root is about a bag file; give --bags FILE.")
     generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
     if bags is None:
         pictures = [open_image(path) for path in images]  # before the model, which takes longer to load
@@ -232,7 +234,7 @@ def show(
         bags: Instead of images, a bag file (JSON lines or CSV); a bag may hold features with coordinates.
         bag: The id of the bag in it, where it has several.
         slide: The slide that the bag's coordinates lie on; of a case, each of its slides, given one by one. Without a
-            bag it is cut into tiles, as `mivpg extract` does by default, and they are the bag.
+            bag they are cut into tiles, as `mivpg extract` does by default, and all tiles are the bag.
         out: A new or empty folder; the page is attention.html in it.
         check: Instead, take images out of every bag of the bag file and see whether the most attended are missed; the
             numbers go to check.json.
@@ -250,10 +252,15 @@ def show(
     slides = slide or []
     if bool(images) + (bags is not None) + (bool(slides) and bags is None) != 1:
         raise MivpgError("show: give the images of one bag, or --bags FILE, or --slide FILE.")
-    if (check or bag is not None) and bags is None:
-        raise MivpgError(f"show: {'--check' if check else '--bag'} is about a bag file; give --bags FILE.")
+    of_bag_file = {"--check": check, "--bag": bag is not None, "--root": root is not None}
+    if bags is None and any(of_bag_file.values()):
+        raise MivpgError(f"show: {next(filter(of_bag_file.get, of_bag_file))} is about a bag file; give --bags FILE.")
     if check and (slides or bag is not None):
         raise MivpgError(f"show: --check is about every bag; leave {'--slide' if slides else '--bag'} out.")
+    resolved = [path.resolve() for path in slides]
+    for number, path in enumerate(slides):
+        if resolved[number] in resolved[:number]:
+            raise MivpgError(f"show: --slide {path} is given twice; give each slide once.")
     refuse_used(out)
     generation = GenerationOptions(num_beams=num_beams, max_new_tokens=max_new_tokens)
     samples = [] if bags is None else load_bag_file(bags, root=root)
@@ -385,7 +392,8 @@ def run_extraction(
     import torch
 
     from mivpg.datasets.bag_file import write_bag_file
-    from mivpg.features import ERRORS, extract_features, store_name
+    from mivpg.feature_files import ERRORS
+    from mivpg.features import extract_features, store_name
 
     loaded, processor = load(model, dtype)
     tiles = tiling if any(sample.slides for sample in samples) else None
@@ -402,6 +410,8 @@ def run_extraction(
         strict=strict,
     )
     if is_first_process():
+        if not extracted:  # the bag file of an earlier run stays
+            raise MivpgError(f"none of {len(samples)} bags could be read; {folder / ERRORS} says why.")
         write_bag_file(folder / "bags.jsonl", extracted)
         print(folder / "bags.jsonl")
         if num_failed := len(samples) - len(extracted):

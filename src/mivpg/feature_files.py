@@ -31,6 +31,9 @@ from mivpg.files import DAMAGE, check_is_file, check_unpacked, listed
 NAMES = ("features", "feats")
 """What other tools call them."""
 
+ERRORS = "errors.jsonl"
+"""In a store, what is wrong with each bag that was passed over, `{"id", "error"}`; only where there is one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
@@ -160,8 +163,8 @@ def _open_hdf5(path: Path) -> Iterator[_Stored]:
         raise BagError(f"{path} is an HDF5 file, which takes h5py: pip install 'mivpg[slides]'.") from None
 
     def read(name: str) -> Tensor:
-        check_unpacked(path, arrays[name].nbytes, BagError)
         try:
+            check_unpacked(path, arrays[name].nbytes, BagError)
             return _tensor(path, arrays[name][()])
         except BagError:
             raise

@@ -40,7 +40,7 @@ from mivpg.bags import Sample, check_record, naming
 from mivpg.captioning import NUM_READERS, check_batch_size, in_eval_mode, read_record
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
-from mivpg.feature_files import features_shape, name_in_store
+from mivpg.feature_files import ERRORS, features_shape, name_in_store
 from mivpg.files import write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
@@ -55,9 +55,6 @@ NUM_WRITERS = 4
 """Threads that bring bags to the disk while the model sees other images."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-ERRORS = "errors.jsonl"
-"""In a store, what is wrong with each bag that was passed over, `{"id", "error"}`; only where there is one."""
 
 MADE_OF = "made_of"
 """In the metadata of a bag's file: its id and its images, as JSON."""
@@ -86,8 +83,9 @@ def extract_features(
     A bag becomes one file of the folder: `image_embeds` (N, P, D) and, where they are known, `coords` (N, 2). Those of
     tiles are their upper left corners in pixels of the slide's finest level, not rounded; the slides of a case lie side
     by side, all in pixels of the first one. Those of images are the `image_coords` of the sample. A bag whose file is
-    there is not done again, so an interrupted run goes on when it is started again. Under `torchrun` each process does
-    its share of the bags.
+    there is not done again, so an interrupted run goes on when it is started again; it counts also when its images or
+    slides are gone by now, and a warning says of how many bags they are. Under `torchrun` each process does its share
+    of the bags.
 
     A bag that cannot be read stops the run, or, if not `strict`, is logged, noted in `folder/errors.jsonl` and passed
     over; the next run tries it again. In a batch its pictures are seen as blank ones, so that the other bags' features
@@ -137,12 +135,12 @@ def extract_features(
     with process.main_process_first():
         _claim(folder, maker, of_model=model)
     missing: dict[str, Sequence[_Picture]] = {}  # the pictures of each bag that has no file yet
-    num_there = 0
+    num_there = num_gone = 0
     mine = _share_of(bags, process.process_index, process.num_processes)
     for bag in tqdm(mine, desc="looking at what is stored", unit="bag", delay=1, leave=False, disable=None):
         with passed_over.where_unreadable(bag):
             if (file := folder / name_in_store(bag.id)).exists():
-                _check_is_made_of(file, bag)
+                num_gone += not _check_is_made_of(file, bag)
                 num_there += features_shape(file)[0]
             else:
                 missing[bag.id] = _pictures_of(bag, tiling)
@@ -164,12 +162,12 @@ def extract_features(
             opening = time.monotonic() - start
             start = time.monotonic()
             for image in batch:
-                if image.error is not None:
+                if image.error is not None and image.bag.id in missing:  # else it is stored, or another's to note
                     with passed_over.where_unreadable(image.bag):
                         raise image.error
             image_embeds = _see(model, batch)
             rows = (image_embeds[:, :1] if tokens == "cls" else image_embeds).to("cpu", dtype)
-            if not announced:
+            if not announced and any(image.error is None for image in batch):  # blank ones are not seen
                 announced = True
                 # From now on the next batch is opened while the model sees one.
                 seconds = max(opening, time.monotonic() - start) * num_missing / len(batch)
@@ -190,7 +188,12 @@ def extract_features(
         passed_over.wait_for(writing)
     for of_process in gather_object([passed_over.errors]):  # which waits for everyone
         passed_over.errors |= of_process
+    num_gone = sum(gather_object([num_gone]))
     if process.is_main_process:
+        if num_gone:
+            logger.warning(
+                "%s: images or slides of %d bags are gone; their stored features are kept.", folder, num_gone
+            )
         passed_over.note(folder / ERRORS, bags=samples)
     process.wait_for_everyone()
     return [
@@ -261,6 +264,7 @@ def _distinct(samples: Sequence[Sample], passed_over: _PassedOver) -> list[Sampl
     for sample in samples:
         with passed_over.where_unreadable(sample), naming(sample):
             check_record(sample)
+            _check_each_once(sample.slides)
         with naming(sample):
             if sample.features is not None:
                 raise BagError(f"features already ({sample.features}), expected images to make them of.")
@@ -268,6 +272,12 @@ def _distinct(samples: Sequence[Sample], passed_over: _PassedOver) -> list[Sampl
             if (sample.images, sample.slides, sample.image_coords) != (first.images, first.slides, first.image_coords):
                 raise BagError("two bags of this id, with other images or coordinates; give each an id of its own.")
     return [bag for bag in bags.values() if bag.id not in passed_over.errors]
+
+
+def _check_each_once(slides: Sequence[Path]) -> None:
+    for number, slide in enumerate(slides):
+        if slide in slides[:number]:
+            raise BagError(f"slide {slide} is named twice, expected each slide of a case once; leave it out once.")
 
 
 def _share_of(bags: list[Sample], index: int, number: int) -> list[Sample]:
@@ -282,7 +292,7 @@ def _share_of(bags: list[Sample], index: int, number: int) -> list[Sample]:
 
 
 def _announce(folder: Path, num_images: int, num_missing: int, num_there: int, num_bytes: int, seconds: float) -> None:
-    """Says what is to be done, after the first batch, which tells how large and how slow it is."""
+    """Says what is to be done, after the first batch that can be read, which tells how large and how slow it is."""
     size = f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
     span = f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(round(seconds / 60), 1)} minutes"
     logger.info(
@@ -427,14 +437,18 @@ def place_tiles(slides: Sequence[Path], tiles: Sequence[Tile]) -> tuple[Tensor, 
     """The tiles of all slides of a case on one lattice, on which the slides lie side by side.
 
     Args:
-        slides: Of the case.
+        slides: Of the case, each once.
         tiles: N of them, slide by slide.
 
     Returns:
         The upper left corners of the tiles (N, 2), and where each slide lies. Corners are in pixels of the first
         slide's finest level. Another slide of the case may have larger ones, and even a single slide's tiles begin at
         whole pixels, while their span is no whole number: so rows and columns are what is counted.
+
+    Raises:
+        BagError: A slide is named twice.
     """
+    _check_each_once(slides)
     placed: dict[Path, PlacedSlide] = {}
     first_column = 0
     for slide in slides:  # with an empty column between two slides
@@ -545,11 +559,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_is_made_of(file: Path, bag: Sample) -> None:
+def _check_is_made_of(file: Path, bag: Sample) -> bool:
     """Checks that a bag's file is whole and of this bag's images; one is read only where it was moved or touched.
 
+    Returns:
+        Whether its images are there still. Of one that is gone only the name can be checked: its folder may have moved.
+
     Raises:
-        BagError: An image is gone.
+        BagError: An image does not exist, and the file was made of one of another name.
         MivpgError: The file is damaged, or of other images or coordinates.
     """
     remedy = f"delete the file to extract bag {bag.id!r} anew."
@@ -562,13 +579,18 @@ def _check_is_made_of(file: Path, bag: Sample) -> None:
     origins, paths = [*made_of.get("images", []), *made_of.get("slides", [])], [*bag.images, *bag.slides]
     if len(origins) != len(paths):
         raise MivpgError(f"{file} was made of {len(origins)} images, and the bag has {len(paths)}; {remedy}")
+    all_there = True
     for path, origin in zip(paths, origins, strict=True):
         if not path.is_file():
+            all_there = False
+            if path.name == Path(origin[0]).name:
+                continue
             raise BagError(f"bag {bag.id!r}: {path} does not exist, expected a picture.")
         if [os.fspath(path), *stat(path)] != origin[:-1] and _digest(path) != origin[-1]:
             raise MivpgError(f"{file} was made of another image than {path} is now; {remedy}")
     if bag.slides:
-        return
+        return all_there
     wanted = _coords(bag)
     if coords != (None if wanted is None else wanted.tolist()):
         raise MivpgError(f"{file} was made with other coordinates of the images; {remedy}")
+    return all_there

@@ -158,7 +158,7 @@ def remove_images(
         raise MivpgError(f"bag {bag.id!r} has one image, and nothing is left without it; two are needed.")
     num_removed = ceil(SHARE_REMOVED * num_images)
     by_weight = np.argsort(-np.asarray(weights), kind="stable").tolist()
-    chosen = _choices(num_images, num_removed, random.Random(f"removal {seed} {bag.id}"))
+    chosen = _choices(num_images, num_removed, random.Random(_seed_of(seed, bag)))
     bag = on_its_lattice(model, bag)
     removed = [(), by_weight[:num_removed], by_weight[-num_removed:], *chosen]
     at_once = max(1, min(batch_size, IMAGES_AT_ONCE // num_images))
@@ -175,6 +175,11 @@ def remove_images(
         least=least - whole,
         random=float(np.mean(others)) - whole,
     )
+
+
+def _seed_of(seed: int, bag: Bag) -> bytes:
+    """Of a bag's random choices: the bytes that `random` makes of the text, also of half a surrogate pair in its id."""
+    return f"removal {seed} {bag.id}".encode(errors="surrogatepass")
 
 
 def _choices(num_images: int, num_removed: int, generator: random.Random) -> list[Sequence[int]]:

@@ -103,6 +103,12 @@ def write_base_card(folder: Path, described: Mapping[str, Any]) -> None:
     write_whole(folder / CARD, make_environment(is_html=False).get_template("base_card.md.jinja").render(**described))
 
 
+def is_made(folder: Path) -> bool:
+    """Whether a model's card was made by `write_model_card` or by transformers, and not written by hand."""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    return "\n# A model of mivpg " in text or "This model card has been automatically generated." in text
+
+
 def read_training(folder: Path) -> Training | None:
     """What a model's card knows of its training; None where it is no card of ours, or knows nothing."""
     try:

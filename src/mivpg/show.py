@@ -230,7 +230,8 @@ def tiles_on_slides(sample: Sample, bag: Bag, slides: Sequence[Path]) -> list[Sl
         slides: The slide; or slides of a case, each known by its name among those that the features were made of.
 
     Raises:
-        MivpgError: The bag does not say where its images lie, or on which of several slides.
+        MivpgError: The bag does not say where its images lie, or on which of several slides; a slide is not of the
+            case; two are the same one of it.
     """
     given = ", ".join(map(str, slides))
     where = f"bag {sample.id!r}" if sample.features is None else str(sample.features)
@@ -248,18 +249,24 @@ def tiles_on_slides(sample: Sample, bag: Bag, slides: Sequence[Path]) -> list[Sl
     if placed is None:
         corners = bag.image_coords.double().numpy()
         return [SlideTiles(corners=corners, span=tile_span(corners), slide=slides[0])]
-    found = []
+    found: dict[int, SlideTiles] = {}
     for slide in slides:
         numbers = [number for number, of_case in enumerate(placed) if of_case.slide.name == slide.name]
         if len(numbers) > 1:  # in different folders
             numbers = [number for number in numbers if placed[number].slide.resolve() == slide.resolve()]
-        if len(placed) == 1:  # which may go by another name now
+        if len(placed) == len(slides) == 1:  # which may go by another name now
             numbers = [0]
         if len(numbers) != 1:
             names = ", ".join(str(path) for path in made_of)
             raise MivpgError(f"{where}: features were made of {names}, not of {slide}; give --slide one of these.")
-        found.append(_tiles_of(bag.image_coords, placed, numbers[0], slide))
-    return found
+        (number,) = numbers
+        if number in found:
+            raise MivpgError(
+                f"{where}: {found[number].slide} and {slide} both go by the name of {made_of[number]}; give --slide "
+                "one of them."
+            )
+        found[number] = _tiles_of(bag.image_coords, placed, number, slide)
+    return [*found.values()]
 
 
 def _tiles_of(coords: Tensor, placed: Sequence[PlacedSlide], number: int, slide: Path) -> SlideTiles:
@@ -413,6 +420,7 @@ def page(shown: ShownBag, pictures: dict[str, bytes], *, model: str) -> str:
         },
         num_drawn=sum(len(tiles.corners) for tiles in shown.tiles),
         top=top_tiles(shown.weights),
+        num_top_drawn=sum(find_tile(shown.tiles, index) is not None for index in top_tiles(shown.weights)),
         changes=None if shown.removal is None else changes(shown.removal),
         verdict=None if shown.removal is None else verdict(shown.removal),
     )

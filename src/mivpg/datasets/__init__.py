@@ -1,5 +1,8 @@
 """The data sets that can be read, one small file each: files -> list of `Sample`."""
 
+import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -9,7 +12,10 @@ from mivpg.datasets.bag_file import BagFileConfig
 from mivpg.datasets.coco import CocoConfig
 from mivpg.datasets.patch_gastric import PatchGastricConfig
 from mivpg.errors import MivpgError
-from mivpg.feature_files import name_in_store
+from mivpg.feature_files import ERRORS, name_in_store
+from mivpg.files import check_is_file
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -30,6 +36,8 @@ class DatasetConfig:
     def load(self) -> list[Sample]:
         """Reads the records of the data set; pictures and features stay closed.
 
+        Bags that `mivpg extract` could not read are left out, with a warning.
+
         Raises:
             MivpgError: Not exactly one data set is given, its files are not as they have to be, or the store lacks a
                 bag.
@@ -39,12 +47,47 @@ class DatasetConfig:
         if len(given) != 1:
             raise MivpgError(f"dataset names {' and '.join(given) or 'nothing'}, expected one of {', '.join(names)}.")
         samples: list[Sample] = getattr(self, given[0]).load()
-        return samples if self.features is None else [_stored(sample, self.features) for sample in samples]
+        return samples if self.features is None else _stored(samples, self.features)
 
 
-def _stored(sample: Sample, store: Path) -> Sample:
-    """The bag with its features in place of its images or slides."""
-    file = store / name_in_store(sample.id)
-    if not file.is_file():
-        raise MivpgError(f"{store} holds no features of bag {sample.id!r}; `mivpg extract` makes what is missing.")
-    return replace(sample, images=(), slides=(), features=file)
+def _stored(samples: Sequence[Sample], store: Path) -> list[Sample]:
+    """The bags with their features in place of their images or slides, without those the store has noted as bad."""
+    unreadable = _unreadable(store / ERRORS)
+    found, left_out = [], {}
+    for sample in samples:
+        file = store / name_in_store(sample.id)
+        if file.is_file():
+            found.append(replace(sample, images=(), slides=(), features=file))
+        elif sample.id in unreadable:
+            left_out[sample.id] = unreadable[sample.id]
+        else:
+            raise MivpgError(f"{store} holds no features of bag {sample.id!r}; `mivpg extract` makes what is missing.")
+    if left_out:
+        # one line, whatever an error says
+        first = " ".join(next(iter(left_out.values())).split())
+        if not found:
+            raise MivpgError(f"{store} holds no features, since no bag could be read ({ERRORS}: {first})")
+        logger.warning(
+            "%d bags are left out, since `mivpg extract` could not read them; the first of %s: %s",
+            len(left_out),
+            store / ERRORS,
+            first,
+        )
+    return found
+
+
+def _unreadable(file: Path) -> dict[str, str]:
+    """What is wrong with each bag that `mivpg extract` passed over, by id."""
+    if not file.exists():
+        return {}
+    check_is_file(file, "the errors of a store")
+    errors = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line.decode(errors="surrogatepass"))
+            errors[str(record["id"])] = str(record["error"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise MivpgError(
+                f'{file}, line {number} is not {{"id", "error"}}; run `mivpg extract` again, which writes it anew.'
+            ) from None
+    return errors

@@ -96,7 +96,8 @@ def load_bag_file(path: Path, *, root: Path | None = None) -> list[Sample]:
 def write_bag_file(path: Path, samples: Iterable[Sample]) -> None:
     """Writes bags of images or of features as JSON lines, which `load_bag_file` reads as the same samples.
 
-    Paths in it are relative to the file, so it can be moved together with what it names.
+    Paths in it are relative to the file, so it can be moved together with what it names. To read it where that lies
+    outside its folder takes a `root`.
     """
     lines = []
     for sample in samples:
@@ -174,7 +175,10 @@ def _sample(record: dict[str, Any], folder: Path, root: Path) -> Sample:
         try:
             return path_below(root, folder, name)
         except MivpgError as error:
-            raise MivpgError(f"{error}; name a folder that holds it as root (--root), or / for any file.") from None
+            raise MivpgError(
+                f"{error}; name a folder that holds it as root (--root, or dataset.bag_file.root of a run), or / for "
+                "any file."
+            ) from None
 
     features = _text(record, "features")
     return Sample(
