@@ -145,7 +145,7 @@ def test_a_slide_that_another_tool_has_extracted(tmp_path, record_property):
     """777 tiles in one .h5 file, 512 wide, their positions in it: a bag as it is."""
     record = {"id": "TCGA-AD-6964", "features": str(TCGA), "captions": ["the tiles of one slide"]}
     (tmp_path / "bags.jsonl").write_text(json.dumps(record) + "\n")
-    dataset = DatasetConfig(bag_file=BagFileConfig(path=tmp_path / "bags.jsonl"))
+    dataset = DatasetConfig(bag_file=BagFileConfig(path=tmp_path / "bags.jsonl", root=Path("/")))
     slide = {"instance_correlation": "csa", "position_encoding": "ppeg", "image_embeds_size": 512}
     config = stories_config(tmp_path, dataset, **slide | {"patch_pooling": "cls"})
     best = train(config)
