@@ -358,6 +358,9 @@ def test_what_would_stop_training_is_found_beforehand(photos, tmp_path):
     assert after(as_photos, images=photos, captions=("x", "\t")).startswith("bag 'bad': an empty caption")
     assert after(as_photos, images=photos, features=tmp_path / "4.npy").startswith("bag 'bad': both images and")
     assert after(as_photos, images=photos, image_coords=((0, 0),)).startswith("bag 'bad': 3 images and 1 coordinates")
+    assert after(as_photos, slides=(tmp_path / "a.svs",), image_coords=((0, 0),)).startswith(
+        "bag 'bad': slides and coordinates"
+    )
     assert after(as_features, features=tmp_path / "no.npy").startswith(f"bag 'bad': {tmp_path / 'no.npy'} does not")
     assert after(as_features, features=tmp_path / "5.npy") == (
         "bag 'ok' has features (N, 1, 4) and bag 'bad' has features (N, 1, 5), expected all bags alike."

@@ -518,6 +518,7 @@ class TestRefusing:
         [
             ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
             ({"dtype": torch.int8}, r"dtype is torch\.int8, expected one of torch\.float32, torch\.bfloat16"),
+            ({"tokens": "patches"}, "tokens is 'patches', expected all or cls"),
         ],
     )
     def test_options_are_checked(self, tmp_path, model, processor, samples, options, message):

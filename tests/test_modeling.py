@@ -33,9 +33,9 @@ from families import (
     save_vision_model,
 )
 from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
-from mivpg.modeling_mivpg import class_probabilities
+from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from parameters import LANGUAGE_MODELS, real_size
-from tiny import randomize_added_weights, tiny_config, tiny_model
+from tiny import randomize_added_weights, tiny_config, tiny_model, tiny_vit_config
 
 QFORMER = {
     "hidden_size": 32,
@@ -633,6 +633,59 @@ class TestInputs:
     def test_both_pixels_and_features(self, model):
         with pytest.raises(ValueError, match="either pixel_values or image_embeds"):
             model(input_ids=torch.zeros(1, 5, dtype=torch.long))
+
+    def test_shapes(self, model):
+        embeds, ppeg = torch.randn(1, 2, 17, 24), tiny_model(tiny_config(position_encoding="ppeg"))
+        with pytest.raises(MivpgError, match=r"bags of images \(B, N, 3, h, w\); these are \(2, 3, 28, 28\)"):
+            model.get_image_embeds(torch.zeros(2, 3, 28, 28))
+        for empty in ((1, 0, 17, 24), (1, 2, 0, 24)):
+            with pytest.raises(MivpgError, match=rf"image_embeds are \({empty[0]}, {empty[1]}, {empty[2]}, 24\)"):
+                model.get_instances(torch.zeros(empty))
+        with pytest.raises(MivpgError, match=r"image_mask is \(1, 3\), image_embeds \(1, 2, 17, 24\)"):
+            model.get_instances(embeds, torch.ones(1, 3))
+        for num_tokens in (9, 11, 1 + 3):  # a square with CLS, ten patches, three
+            with pytest.raises(MivpgError, match=rf"{num_tokens} tokens an image less 1 before the patches"):
+                ppeg.get_visual_prompts(torch.randn(1, 2, num_tokens, 12))
+        for wrong in ((1, 2, 4), (1, 3, 2)):
+            message = rf"image_coords are \(1, {wrong[1]}, {wrong[2]}\); for these bags .* is \(1, 2, 2\)"
+            with pytest.raises(MivpgError, match=message):
+                ppeg.get_visual_prompts(torch.randn(1, 2, 1, 12), image_coords=torch.zeros(wrong))
+
+    def test_a_captioner_without_a_language_model_or_an_image_mark(self):
+        config = tiny_config()
+        config.text_config = None
+        with pytest.raises(MivpgError, match="text_config is None"):
+            MivpgForConditionalGeneration(config)
+        model = tiny_model()
+        model.config.image_token_index = None
+        with pytest.raises(MivpgError, match="image_token_index is None"):
+            model(input_ids=torch.zeros(1, 5, dtype=torch.long), image_embeds=torch.randn(1, 1, 10, 12))
+
+
+def test_the_embeddings_are_the_language_models():
+    model, new = tiny_model(), torch.nn.Embedding(50, 16)
+    language_model = model.language_model
+    assert model.get_input_embeddings() is language_model.get_input_embeddings()
+    assert model.get_output_embeddings() is language_model.get_output_embeddings()
+    model.set_input_embeddings(new)
+    assert language_model.get_input_embeddings() is new
+    head = torch.nn.Linear(16, 50)
+    model.set_output_embeddings(head)
+    assert language_model.get_output_embeddings() is head
+
+
+def test_bags_are_classified_from_pixels_as_from_features():
+    config = tiny_config(vision_config=tiny_vit_config())
+    config.text_config = None
+    torch.manual_seed(0)
+    model = MivpgForBagClassification(config).eval()
+    pixel_values, image_mask = torch.randn(2, 3, 3, 12, 12), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    image_embeds = model.get_image_embeds(pixel_values, image_mask)
+    expected = model(image_embeds=image_embeds, image_mask=image_mask).logits
+    assert torch.equal(model(pixel_values=pixel_values, image_mask=image_mask).logits, expected)
+    for inputs in ({}, {"pixel_values": pixel_values, "image_embeds": image_embeds}):
+        with pytest.raises(MivpgError, match="either pixel_values or image_embeds"):
+            model(**inputs)
 
 
 def test_probabilities_are_of_the_last_axis():
