@@ -243,7 +243,8 @@ class Tests:
 
     def for_mutant(self, mutant: Mutant) -> list[list[str]]:
         """Tests by file, those first that are likely to find it soon, `SECONDS` of them."""
-        path = next(path for path in self.data.measured_files() if path.endswith(f"mivpg/{mutant.file}.py"))
+        wanted = ROOT / f"src/mivpg/{mutant.file}.py"
+        path = next(path for path in self.data.measured_files() if ROOT / path == wanted)
         contexts = self.data.contexts_by_lineno(path)
         on_line = self._named(context for line in mutant.lines for context in contexts.get(line, ()))
         on_file = self._named(context for of_line in contexts.values() for context in of_line)

@@ -5,6 +5,9 @@ from collections import defaultdict
 import pytest
 import torch
 
+LONG = ("test_reproduce", "test_demo", "test_training", "test_app_browser", "test_docs", "test_features")
+"""Files that take a minute and more. They begin first, so that no process is left alone with one at the end."""
+
 torch.set_num_threads(1)  # models of a few numbers run slower on two, and many times so where others run beside them
 
 
@@ -29,6 +32,10 @@ def one_meteor(running_meteor):
         for module in (evaluation, results):
             patch.setattr(module, "Meteor", lambda java: running_meteor)
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

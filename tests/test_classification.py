@@ -168,7 +168,8 @@ def test_binary_loss_and_probabilities_are_those_of_a_logit():
     ("aggregator", "learning_rate"),
     [
         ("mivpg", 3e-3),
-        ("qformer_per_image", 1e-2),  # the classifier reads the mean over images, in which one hardly shows at first
+        # The classifier reads the mean over images, in which one hardly shows at first.
+        pytest.param("qformer_per_image", 1e-2, marks=pytest.mark.slow),
         ("abmil", 3e-3),
         ("ds_mil", 3e-3),
     ],

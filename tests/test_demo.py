@@ -161,6 +161,7 @@ def test_a_finished_demo_does_nothing_again(whole):
 
 
 @pytest.mark.usefixtures("one_meteor")
+@pytest.mark.slow
 def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     out = tmp_path / "interrupted"
     # A shell starts what runs in its background with SIGINT ignored, which children inherit.

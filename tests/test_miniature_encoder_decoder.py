@@ -154,7 +154,7 @@ def test_an_encoder_reads_the_prompt_after_the_visual_prompts(either):
         assert tokenizer.decode(written) == make_text(0, 1).text + tokenizer.eos_token
 
 
-@pytest.mark.parametrize("stop", ["picture_losses", "_describe"])
+@pytest.mark.parametrize("stop", [pytest.param("picture_losses", marks=pytest.mark.slow), "_describe"])
 def test_interrupted_it_ends_as_an_unbroken_one(folder, tmp_path, monkeypatch, stop):
     def interrupt(*args):
         raise KeyboardInterrupt

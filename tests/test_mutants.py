@@ -71,6 +71,8 @@ def project(tmp_path, monkeypatch) -> Path:
     for test in (FAILS, WAITS, BELOW, ABOVE):
         data.set_context(f"{test}|run")
         data.add_lines({str(package / "clip.py"): [7, 10]})  # line 10 is in the middle of a statement
+    data.set_context(f"{NOTHING}|run")
+    data.add_lines({str(tmp_path / "copy/src/mivpg/clip.py"): [7, 10]})
     data.write()
     seconds = {FAILS: 0.01, WAITS: 0.02, BELOW: 0.03, ABOVE: 0.04, NOTHING: 0.0}
     cases = []
@@ -78,6 +80,7 @@ def project(tmp_path, monkeypatch) -> Path:
         classname, _, name = test.replace("/", ".").replace(".py", "").replace("::", ".").rpartition(".")
         cases.append(f'<testcase classname="{classname}" name="{name}" time="{seconds[test]}"/>')
     (tmp_path / "tests.xml").write_text(f"<testsuites>{''.join(cases)}</testsuites>")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
     monkeypatch.setattr(mutants, "FILES", ("clip",))
     return tmp_path
 
@@ -140,6 +143,7 @@ def test_tests_of_the_line_come_first_and_quick_ones_before_slow_ones(project, m
     assert tests.for_mutant(drawn(project)[0]) == [[FAILS, WAITS]]
 
 
+@pytest.mark.slow
 def test_what_dies_and_what_lives(project):
     run(project, "--number", "3", "--part", "0/2")
     first = {result.key for result in mutants.read_results(project / "out")}

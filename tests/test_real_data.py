@@ -56,7 +56,8 @@ def losses(run: Path) -> list[float]:
 
 
 @needs_abo
-@pytest.mark.parametrize("photos", [pytest.param("original", marks=pytest.mark.slow), "small"])
+@pytest.mark.slow
+@pytest.mark.parametrize("photos", ["original", "small"])
 def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
     save_vision_model(tmp_path / "clip", "clip_vision_model")
     language = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "init_std": 0.05}

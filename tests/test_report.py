@@ -178,6 +178,7 @@ def test_a_page_is_what_browsers_expect(tmp_path):
     assert "viewport" in [attributes.get("name") for attributes in page.all("meta")]
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_in_another_process(tmp_path, example, chart):
     write_report(tmp_path / "a.html", title="t", lead="l", parts=[chart, *hostile_parts(example)])
     draw_example(example, "mivpg", tmp_path / "drawn.png")

@@ -348,6 +348,7 @@ def test_what_is_not_there(tmp_path):
         reproduce.reproduce(["table2"], scale="miniature", out=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_its_runs_with_it(tmp_path):
     """Else the next command would start the same runs beside them."""
     script = (

@@ -273,7 +273,8 @@ def unbroken(world, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("kill", "newest"),
     [
-        (("--kill-at", "15"), 12),  # between two checkpoints of the second epoch
+        # between two checkpoints of the second epoch
+        pytest.param(("--kill-at", "15"), 12, marks=pytest.mark.slow),
         (("--kill-in-save", "22"), 20),  # as the second epoch ends: model and optimizer are written, the rest is not
     ],
 )
