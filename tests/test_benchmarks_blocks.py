@@ -55,6 +55,7 @@ def test_small_bags_are_measured_unfolded(folded_from_8) -> None:
     assert blocks.block_rows(BLOCK, 8, rounds=1)[0][0] == "8, folded"
 
 
+@pytest.mark.slow
 def test_what_an_instance_makes_the_folded_form_keep(folded_from_8) -> None:
     """Two weights for each query of each head, and of two blocks the first one's update; else at least Q, K and V."""
     few, many = blocks.Work.draw(BLOCK, 100), blocks.Work.draw(BLOCK, 300)
@@ -164,6 +165,7 @@ def test_rows_of_aggregation_hold_what_was_measured() -> None:
     assert more[aggregation.THEIRS] - peaks[aggregation.THEIRS] > more[aggregation.OURS] - peaks[aggregation.OURS]
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_through_what_was_measured_and_say_how_far_it_is(monkeypatch, tmp_path, capsys) -> None:
     numbers = [1, 4, 6, 9]
     medians = {aggregation.OURS: [0.5, 0.58, 0.55, 0.63], aggregation.THEIRS: [0.6, 1.5, 2.0, 3.2]}

@@ -185,6 +185,7 @@ def test_shares_are_those_of_each_epoch(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_what_is_trained_has_the_sizes_asked_for(tmp_path):
     qformer = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     runs = epochs.training_runs(tmp_path, num_products=4, num_slides=4, num_bags=3, num_instances=9, qformer=qformer)
@@ -203,6 +204,7 @@ def config_of_two_epochs(config):
     return config
 
 
+@pytest.mark.slow
 def test_the_table_of_a_store_has_an_epoch_and_an_image(tmp_path):
     table = epochs.what_a_store_saves(tmp_path, num_slides=4, rounds=1, vision_config=tiny_vit_config())
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
@@ -215,6 +217,7 @@ def test_the_table_of_a_store_has_an_epoch_and_an_image(tmp_path):
 # Extraction
 
 
+@pytest.mark.slow
 def test_extraction_counts_what_it_does_for_each_image(tmp_path, monkeypatch):
     """What it does once stands apart."""
     num_extracted = []

@@ -31,6 +31,7 @@ from mivpg.datasets.bag_set import BagSet, LabelledBag
 from mivpg.errors import BagError, MivpgError
 from mivpg.experiments.digits import QFORMER as DIGITS_QFORMER
 from mivpg.modeling_mivpg import class_probabilities
+from tiny import randomize_weights
 
 WIDTH = 6
 QFORMER = {
@@ -463,3 +464,18 @@ def test_options_that_an_aggregator_does_not_have():
         make_classifier(config_of("mivpg", aggregator_options={"depth": 3}), width=WIDTH, num_labels=2)
     with pytest.raises(MivpgError, match="there is no bag"):
         train_classifier(make_classifier(config_of("mean"), width=WIDTH, num_labels=2), [], config_of("mean"))
+
+
+@torch.no_grad()
+def test_attention_is_the_share_of_each_instance():
+    """The logits are what the classifier says of the instances' sum in these shares; padding has none."""
+    bags = bags_of(3)
+    model = make_classifier(config_of("abmil"), width=WIDTH, num_labels=2).eval()
+    randomize_weights(model, 0.5)
+    batch = collate(bags, model.device)
+    output = model(**batch)
+    assert output.attention.shape == batch["image_mask"].shape
+    for bag, shares, logits in zip(bags, output.attention, output.logits, strict=True):
+        of_bag, padding = shares.split([len(bag.instances), len(shares) - len(bag.instances)])
+        assert of_bag.sum().item() == pytest.approx(1, abs=1e-6) and of_bag.std() > 1e-3 and not padding.any()
+        torch.testing.assert_close(model.classifier(of_bag @ model.aggregator.embed(bag.instances)), logits)

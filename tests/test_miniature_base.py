@@ -144,6 +144,7 @@ class TestCommitted:
 
 
 class TestRecipe:
+    @pytest.mark.slow
     def test_same_seed_same_model(self, tmp_path):
         first, second = make_base(tmp_path / "a", TINY), make_base(tmp_path / "b", TINY)
         assert {f.name: digest(f) for f in first.iterdir() if f.name not in ("training_log.jsonl",)} == {

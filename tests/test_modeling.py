@@ -443,6 +443,17 @@ class TestFreezing:
         model.gradient_checkpointing_disable()
         assert not any("forward" in vars(module) for module in model.language_model.modules())
 
+    def test_where_no_gradient_is_asked_for_each_block_runs_once(self, blip2_folder):
+        model = drawn(MivpgForConditionalGeneration.from_pretrained(blip2_folder)).eval()
+        processor = MivpgProcessor.from_pretrained(blip2_folder)
+        batch = processor(images=[pictures(2), pictures(1)], text=["a", "a red"], captions=["a chair", "a"])
+        with torch.no_grad():
+            expected = model(**batch).logits
+            model.gradient_checkpointing_enable()
+            forwards = count_forwards(model)
+            assert torch.equal(model(**batch).logits, expected)
+        assert set(forwards.values()) == {1}
+
 
 def count_forwards(model) -> dict[str, int]:
     """Calls of the Q-Former's and the language model's feed-forward layers, by name."""

@@ -1,6 +1,7 @@
 """What stops a run, through `mivpg train`: one line, exit code 1, and the last good checkpoint in its place."""
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -144,7 +145,7 @@ def test_no_room_for_best(config, small_disk, monkeypatch, capsys):
     goes_on(config, run_dir)
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_file_that_vanishes(world, config, tmp_path, monkeypatch, capsys, num_workers):
     """In the second epoch, and there again after the run is resumed too early."""
     data = shutil.copytree(world, tmp_path / "data")
@@ -165,6 +166,27 @@ def test_a_file_that_vanishes(world, config, tmp_path, monkeypatch, capsys, num_
     shutil.copy(world / "7.npy", data)
     main(["train", *map(str, command), "--resume"])
     assert len(logged(run_dir, "loss")) == 9
+
+
+def test_a_reader_that_is_killed(config, tmp_path, monkeypatch, capsys):
+    """As a machine without memory does it, in the second epoch."""
+    run_dir = tmp_path / "run"
+
+    def kill_readers() -> None:
+        readers = multiprocessing.active_children()
+        assert readers
+        for reader in readers:
+            reader.kill()
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill_readers)
+        line = stopped(capsys, config, "--num-workers", "1")
+    assert line.startswith("mivpg: A process that reads bags has ended (DataLoader worker (pid")
+    assert "lower num_workers (1)" in line
+    assert f"The last good checkpoint is {run_dir / 'checkpoint-3'}" in line
+    goes_on(config, run_dir)  # without readers
+    main(["train", str(config), "--output-dir", str(tmp_path / "unbroken")])
+    assert logged(run_dir, "loss") == logged(tmp_path / "unbroken", "loss")
 
 
 def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):

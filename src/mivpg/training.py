@@ -82,8 +82,8 @@ UNFINISHED = ".unfinished"
 """Folders are written in here and renamed into the run folder, and renamed to it before they are deleted, so what a
 killed run leaves is never taken for whole."""
 
-DIVISION = ("batch_size", "gradient_accumulation_steps")
-"""How the bags of a step are divided; a run may be resumed with another division of as many bags."""
+MAY_DIFFER = ("output_dir", "batch_size", "gradient_accumulation_steps", "num_workers")
+"""In a run that is resumed: where it lies, how the bags of a step are divided (as many as before), who reads them."""
 
 RESUME_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth", TRAINER_STATE_NAME)
 """What a checkpoint holds beside the model: going on needs it and captioning does not."""
@@ -304,7 +304,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
 
     Raises:
         MivpgError: The run folder is in use, holds another run or cannot be written; the data set lacks bags, files or
-            captions; the model cannot be loaded; the loss is no longer a number.
+            captions; the model cannot be loaded; the loss is no longer a number; a process that reads bags is killed.
     """
     if config.fsdp:
         _check_can_divide()
@@ -367,6 +367,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         except BagError as error:
             # From a worker it comes with its whole traceback.
             raise BagError(str(error).splitlines()[-1].removeprefix("mivpg.errors.BagError: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise MivpgError(
+                f"A process that reads bags has ended ({str(error).split('. ')[0]}); often there is no memory left: "
+                f"lower num_workers ({config.num_workers}) or batch_size ({config.batch_size}). The last good "
+                f"checkpoint is {get_last_checkpoint(config.output_dir) or 'none'}; go on from it with --resume."
+            ) from error
     return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
 
 
@@ -422,10 +430,10 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
 
 
 def _check_same(file: Path, asked: dict[str, Any]) -> None:
-    """Raises where a run is resumed with other values than `file` says it was begun with, but for a step's division."""
+    """Raises where a run is resumed with other values than `file` says it was begun with, but for `MAY_DIFFER`."""
     begun, asked = _flat(yaml.safe_load(file.read_text())), _flat(asked)
     for name in begun | asked:
-        if name not in ("output_dir", *DIVISION) and begun.get(name) != asked.get(name):
+        if name not in MAY_DIFFER and begun.get(name) != asked.get(name):
             raise MivpgError(
                 f"{file}: the run was begun with {name} = {begun.get(name)} and is resumed with {asked.get(name)}; "
                 "resume it as it was or name a new output_dir."
