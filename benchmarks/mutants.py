@@ -56,6 +56,9 @@ LEAST = 0.85
 SECONDS = 30
 """Of tests, as long as they took under coverage, for one mutant."""
 
+WHOLE_RUNS = ("test_reproduce", "test_demo", "test_app_browser", "test_app", "test_docs", "test_readme")
+"""Files of tests that first run the whole program for minutes, whichever of them is asked for; they are left out."""
+
 GRACE = 60
 """Seconds that a test may take beside four times what it took under coverage; the machine may be busier."""
 
@@ -236,7 +239,8 @@ class Tests:
             if case.find("failure") is None and case.find("error") is None and case.find("skipped") is None:
                 folder, file, *classes = case.attrib["classname"].split(".")
                 name = "::".join([f"{folder}/{file}.py", *classes, case.attrib["name"]])
-                self.seconds[name] = float(case.attrib["time"])
+                if file not in WHOLE_RUNS:
+                    self.seconds[name] = float(case.attrib["time"])
         self.tests_of: defaultdict[str, list[str]] = defaultdict(list)
         for test in self.seconds:
             self.tests_of[_file_of(test)].append(test)

@@ -1,5 +1,6 @@
 """One METEOR for tests that score captions; and a last word: the figures that tests measured and held to a bound."""
 
+import gc
 from collections import defaultdict
 
 import pytest
@@ -36,6 +37,10 @@ def one_meteor(running_meteor):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what torch and transformers consist of is never garbage, and need not be looked at each time
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

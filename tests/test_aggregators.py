@@ -124,7 +124,12 @@ def test_minigpt4_trains_the_linear_layer_alone():
     ]
 
 
-@pytest.mark.parametrize("aggregator", IN_PLACE)
+ONE_OF_EACH_KIND = {"qformer_per_image", "linear_projection", "abmil", "perceiver", "transmil"}
+
+
+@pytest.mark.parametrize(
+    "aggregator", [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in IN_PLACE]
+)
 def test_it_trains_and_its_checkpoint_is_what_trained(tmp_path, aggregator):
     lines = []
     for index, bag in enumerate(make_bags((2, 1, 3, 2))):

@@ -755,7 +755,17 @@ def labelled_batch(kind: str, num_bags: int, seed: int) -> tuple[dict[str, Tenso
     return batch, labels.float()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "TransMIL on a sparse lattice"])
+LIKE_OTHERS = {"MI-Net mean", "MI-Net lse", "gated AB-MIL", "Set Transformer, normed", "TransMIL on a dense lattice"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in LIKE_OTHERS else ())
+        for kind in KINDS
+        if kind != "TransMIL on a sparse lattice"
+    ],
+)
 def test_a_toy_problem_is_learnt(kind: str, record_property) -> None:
     """By a linear head, on bags that were not seen; guessing is 0.69. A sparse lattice is slow, and learns alike."""
     torch.manual_seed(0)

@@ -47,6 +47,7 @@ def test_forms_of_a_block_agree_and_other_weights_would_not(folded_from_8, monke
     assert blocks.largest_difference(chosen, work.run("eager"))[0] > 1e-4
 
 
+@pytest.mark.slow
 def test_small_bags_are_measured_unfolded(folded_from_8) -> None:
     times, kept = blocks.block_rows(BLOCK, 7, rounds=2)
     assert times[0] == kept[0] == "7, straightforward (sdpa)"

@@ -156,6 +156,7 @@ def test_under_bf16_autocast_it_differs_as_little_as_straightforward_attention_d
     assert folded < 1.5 * straightforward
 
 
+@pytest.mark.slow
 def test_compiled_it_computes_the_same(monkeypatch):
     """A block as one graph, whatever the size of the bag; `aot_eager` needs no C++ compiler."""
     batch_size = 2

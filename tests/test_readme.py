@@ -76,6 +76,8 @@ def test_commands(shop):
             continue  # tests/test_demo.py runs the first two, and the last has a test below
         if arguments[0] in ("caption", "evaluate"):
             arguments += ["--max-new-tokens", "3", "--num-beams", "1"]
+        if arguments[0] == "classify":
+            arguments += ["--num-train-epochs", "2"]
         main(arguments)
     assert len(list((shop / "features" / "blip2_28px_all_float16").glob("*.safetensors"))) == 20
     assert len(list((shop / "runs" / "classify").glob("fold-*.jsonl"))) == 5
