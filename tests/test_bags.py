@@ -183,6 +183,12 @@ def test_sizes_of_splits(num_bags, seed):
     assert splits.total() == num_bags
 
 
+def test_a_bag_whose_id_is_a_groups_name_is_not_of_that_group():
+    samples = [Sample(id=name) for name in "abcdefgh"] + [Sample(id=f"of {name}", group=name) for name in "abcdefgh"]
+    split = {sample.id: sample.split for sample in assign_splits(samples, seed=0)}
+    assert any(split[name] != split[f"of {name}"] for name in "abcdefgh")
+
+
 def test_the_split_of_a_seed_stays_what_it_is():
     """Written down once: a published split must come out the same on every machine and version."""
     samples = [Sample(id=f"B{number:03}") for number in range(20)]

@@ -95,6 +95,14 @@ def test_meteor_without_the_machines_java_under_a_decimal_comma(hidden_java, mon
     assert scorer.meteor.meteor_p.poll() is not None
 
 
+def test_the_machines_java_comes_first(monkeypatch, tmp_path):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_java() == java
+
+
 def test_hidden_java_gives_the_same_numbers(monkeypatch, tmp_path):
     as_found = score_captions(PREDICTIONS, REFERENCES, metrics=TRAINING_METRICS)
     monkeypatch.setenv("PATH", str(tmp_path))

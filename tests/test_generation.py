@@ -131,3 +131,19 @@ def test_what_a_generation_config_leaves_open_is_the_language_model_s(own, passe
     assert (found.attentions is None) == ("output_attentions" not in own)
     if found.attentions is not None:
         assert found.attentions[0][0].shape == expected.attentions[0][0].shape
+
+
+def test_what_is_written_depends_on_where_the_images_stand() -> None:
+    """As the forward pass does."""
+    torch.manual_seed(0)
+    model = tiny_model(tiny_config("mean", position_encoding="ppeg"))
+    for weight in model.language_model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    inputs = inputs_of_two_bags() | {
+        "image_coords": torch.tensor([[[0.0, 0], [2, 0], [1, 3]], [[0, 0], [0, 1], [0, 0]]])
+    }
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    found = model.generate(**inputs, **options).logits[0]
+    torch.testing.assert_close(found, model(**inputs).logits[:, -1], atol=1e-5, rtol=0)
+    without = model.generate(**inputs | {"image_coords": None}, **options).logits[0]
+    assert (found - without).abs().max() > 1e-3

@@ -705,6 +705,8 @@ def test_bags_are_classified_from_pixels_as_from_features():
     for inputs in ({}, {"pixel_values": pixel_values, "image_embeds": image_embeds}):
         with pytest.raises(MivpgError, match="either pixel_values or image_embeds"):
             model(**inputs)
+    with_given = MivpgForBagClassification(config, vision_model=model.vision_model)
+    assert with_given.vision_model is model.vision_model
 
 
 def test_probabilities_are_of_the_last_axis():
