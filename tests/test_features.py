@@ -230,6 +230,19 @@ class TestExtracting:
             f"8 images of 2 bags to see, 2 bags there already; {size:.1f} MB, about 1 minutes.",
         ]
 
+    @pytest.mark.parametrize(
+        ("num_bytes", "seconds", "said"),
+        [
+            (999e6, 20, "999.0 MB, about 1 minutes"),
+            (1e9, 5399, "1.0 GB, about 90 minutes"),
+            (2.5e9, 5400, "2.5 GB, about 1.5 hours"),
+        ],
+    )
+    def test_sizes_and_spans_are_said_in_fitting_units(self, tmp_path, caplog, num_bytes, seconds, said):
+        caplog.set_level("INFO", "mivpg.features")
+        mivpg.features._announce(tmp_path, 3, 2, 0, num_bytes, seconds)
+        assert caplog.records[0].message.endswith(f"3 images of 2 bags to see, 0 bags there already; {said}.")
+
 
 class TestGoingOn:
     @pytest.mark.parametrize("there", [(0,), (1, 2), (0, 3), (2,)])

@@ -107,6 +107,7 @@ def test_positions_that_are_read_first(options, num_first) -> None:
     )
     model.generate(**inputs_of_two_bags(), max_new_tokens=2, **options)
     assert seen[0] == num_first
+    assert seen[1] == (2 if options == {"num_beams": 1} else 4 * 2)  # no position is read again
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from families import (
     save_language_model,
     save_vision_model,
 )
-from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor
+from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor, MivpgQFormerModel
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from parameters import LANGUAGE_MODELS, real_size
 from tiny import randomize_added_weights, tiny_config, tiny_model, tiny_vit_config
@@ -679,6 +679,12 @@ class TestInputs:
         model.config.image_token_index = None
         with pytest.raises(MivpgError, match="image_token_index is None"):
             model(input_ids=torch.zeros(1, 5, dtype=torch.long), image_embeds=torch.randn(1, 1, 10, 12))
+
+
+def test_flash_attention_is_refused():
+    """It has no float32, which the Q-Former is."""
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        MivpgQFormerModel._from_config(tiny_config().qformer_config, attn_implementation="flash_attention_2")
 
 
 def test_the_embeddings_are_the_language_models():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from families import save_blip2
 from mivpg import (
@@ -237,6 +238,9 @@ class TestBags:
         coords = read_features(two.features)[1]
         assert coords[:3].tolist() == [[0, 0], [64, 0], [256, 192]]
         assert coords[3:].tolist() == [[384 + 64, 64], [384 + 128, 64]]  # five columns, and one of nothing
+        with safe_open(two.features, "pt") as stored:
+            made_of = json.loads(stored.metadata()["made_of"])
+        assert made_of["id"] == two.id and len(made_of["slides"]) == 2
 
     @pytest.mark.parametrize("mpps", [(0.4933,), (0.5, 0.4933), (0.4933, 0.5), (0.5, 0.25)])
     def test_tiles_whose_span_is_no_whole_number_lie_on_one_lattice(self, tmp_path, model, processor, mpps):
