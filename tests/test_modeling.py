@@ -670,6 +670,11 @@ class TestInputs:
             with pytest.raises(MivpgError, match=message):
                 ppeg.get_visual_prompts(torch.randn(1, 2, 1, 12), image_coords=torch.zeros(wrong))
 
+    @pytest.mark.parametrize("mask", [[0, 1, 1], [1, 0, 1], [1, 1, 0, 1]])
+    def test_padding_before_an_image(self, mask):
+        with pytest.raises(MivpgError, match="Padding has to stand at the end of a bag"):
+            tiny_model().get_visual_prompts(torch.randn(1, len(mask), 10, 12), torch.tensor([mask]))
+
     def test_a_captioner_without_a_language_model_or_an_image_mark(self):
         config = tiny_config()
         config.text_config = None
