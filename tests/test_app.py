@@ -145,7 +145,7 @@ def test_caption_beams_and_weights_are_those_of_the_commands(loaded, photos):
     assert result.attention.startswith(b"\x89PNG")
 
 
-def test_another_prompt_another_caption(embedded, photos):
+def test_another_prompt_another_caption(embedded, photos, undrawn):
     opened = opened_from(embedded, photos)
     one, other = (
         caption_opened(*embedded, opened, prompt=text, num_beams=3) for text in ("a photo of", "the underside")
@@ -156,7 +156,7 @@ def test_another_prompt_another_caption(embedded, photos):
     )
 
 
-def test_left_out_photos_are_gone(loaded, photos):
+def test_left_out_photos_are_gone(loaded, photos, undrawn):
     whole = caption_opened(*loaded, opened_from(loaded, photos), prompt="a photo of", num_beams=3)
     comparison = leave_out(*loaded, whole, [2, 0])
     others = [photos[1], *photos[3:]]
@@ -203,7 +203,7 @@ def test_something_has_to_be_left_out_and_something_to_stay(embedded, photos, un
         leave_out(*embedded, whole, range(number))
 
 
-def test_json_says_what_the_page_shows(embedded, photos):
+def test_json_says_what_the_page_shows(embedded, photos, undrawn):
     whole = caption_opened(*embedded, opened_from(embedded, photos), prompt="a photo of", num_beams=3)
     comparison = leave_out(*embedded, whole, [1])
     values = json.loads(as_json(whole, comparison, model="a model"))

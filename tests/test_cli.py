@@ -647,6 +647,7 @@ def test_bad_bags_of_a_file_are_recorded(world, tmp_path, caplog):
         assert line["error"] in caplog.messages
 
 
+@pytest.mark.slow
 def test_one_bad_bag_of_a_thousand(world, tmp_path):
     """Strictly it stops there. Else it is reported and passed over, which a process of its own shows to its end."""
     frames = [photo(i).resize((8, 8)) for i in range(3)]

@@ -401,6 +401,7 @@ assert not pytest.main(["-q", "-k", "log_sum_exp", "--rootdir", str(Path(tests).
 """
 
 
+@pytest.mark.slow
 def test_what_the_pages_add_works(package_with_additions):
     """In one process: the pages' commands, the aggregator's own test, and the tests of all aggregators for it."""
     folder = package_with_additions
