@@ -35,7 +35,15 @@ from families import (
 from mivpg import MivpgConfig, MivpgError, MivpgForConditionalGeneration, MivpgProcessor, MivpgQFormerModel
 from mivpg.modeling_mivpg import MivpgForBagClassification, class_probabilities
 from parameters import LANGUAGE_MODELS, real_size
-from tiny import randomize_added_weights, tiny_config, tiny_model, tiny_vit_config
+from tiny import (
+    IMAGE_TOKEN_ID,
+    NUM_QUERIES,
+    random_bags,
+    randomize_added_weights,
+    tiny_config,
+    tiny_model,
+    tiny_vit_config,
+)
 
 QFORMER = {
     "hidden_size": 32,
@@ -684,6 +692,22 @@ class TestInputs:
         model.config.image_token_index = None
         with pytest.raises(MivpgError, match="image_token_index is None"):
             model(input_ids=torch.zeros(1, 5, dtype=torch.long), image_embeds=torch.randn(1, 1, 10, 12))
+
+
+@torch.no_grad()
+def test_a_text_without_a_mask_is_real_throughout():
+    model, (embeds, mask) = tiny_model(), random_bags((3, 2))
+    ids = torch.tensor([[IMAGE_TOKEN_ID] * NUM_QUERIES + [5, 6, 7]] * 2)
+    inputs = {"input_ids": ids, "image_embeds": embeds, "image_mask": mask}
+    with_mask = inputs | {"attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model(**inputs).logits, model(**with_mask).logits)
+    cut = inputs | {"attention_mask": torch.tensor([[0, 0, *[1] * (ids.shape[1] - 2)]] * 2)}
+    assert (model(**inputs).logits - model(**cut).logits)[:, -1].abs().max() > 1e-3
+    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = model.generate(**with_mask, **options), model.generate(**inputs, **options)
+    assert all(torch.equal(one, other) for one, other in zip(found.logits, expected.logits, strict=True))
+    shorter = model.generate(**cut, **options)
+    assert (shorter.logits[0] - expected.logits[0]).abs().max() > 1e-3
 
 
 def test_flash_attention_is_refused():
