@@ -63,9 +63,9 @@ def photos(shop: Path) -> list[Path]:
 
 def test_photos(shop, tmp_path):
     out = tmp_path / "out"
-    printed = done("show", *photos(shop), "--model", shop / "model", "--out", out, *FAST).splitlines()
+    printed = done("show", *photos(shop), "--model", shop / "model", "--out", out, *FAST)
     caption = done("caption", *photos(shop), "--model", shop / "model", *FAST).rstrip("\n")
-    assert printed[0] == caption and printed[-1] == str(out / "attention.html")
+    assert printed.startswith(f"{caption}\n") and printed.endswith(f"\n{out / 'attention.html'}\n")
     assert {path.name for path in out.iterdir()} == {
         *(f"attention.{ending}" for ending in ("html", "json", "safetensors")),
         *(f"image_{number}.png" for number in (1, 2, 3)),
@@ -98,7 +98,7 @@ def test_photos(shop, tmp_path):
     removal = numbers["removal"]
     assert (removal["num_images"], removal["num_removed"]) == (3, 1)
     for what in ("most", "least", "random"):
-        assert f"{removal[what]:+.2f}" in "\n".join(printed)
+        assert f"{removal[what]:+.2f}" in printed
     maps = from_python(shop)
     torch.testing.assert_close(arrays["combined"], maps.combined[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(arrays["heads"], maps.images[:, 0], atol=1e-5, rtol=0)
