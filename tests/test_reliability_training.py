@@ -177,11 +177,12 @@ def test_a_reader_that_is_killed(config, tmp_path, monkeypatch, capsys):
         assert readers
         for reader in readers:
             reader.kill()
+            reader.join()
 
     with monkeypatch.context() as patch:
         at_step(patch, 4, kill_readers)
         line = stopped(capsys, config, "--num-workers", "1")
-    assert line.startswith("mivpg: A process that reads bags has ended (DataLoader worker (pid")
+    assert line.startswith("mivpg: A process that reads bags has ended (")
     assert "lower num_workers (1)" in line
     assert f"The last good checkpoint is {run_dir / 'checkpoint-3'}" in line
     goes_on(config, run_dir)  # without readers

@@ -367,8 +367,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         except BagError as error:
             # From a worker it comes with its whole traceback.
             raise BagError(str(error).splitlines()[-1].removeprefix("mivpg.errors.BagError: ")) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError) as error:  # the latter where it was about to hand over a bag
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise MivpgError(
                 f"A process that reads bags has ended ({str(error).split('. ')[0]}); often there is no memory left: "
