@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import pickle
+import struct
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -16,15 +18,16 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from mivpg import files, slides
-from mivpg.bags import BagDataset
+from mivpg.bags import BagDataset, Sample, check_record
 from mivpg.datasets import CocoConfig
+from mivpg.datasets.abo import _read_captions
 from mivpg.datasets.bag_file import BagFileConfig, load_bag_file
 from mivpg.datasets.bag_set import read_bag_set
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import features_shape, read_features
 from mivpg.files import read_json, read_yaml
 from mivpg.images import open_image
-from mivpg.slides import TileOptions, find_tiles
+from mivpg.slides import TileOptions, find_tiles, open_slide
 from readers import CONFIG, READERS, bag_set, hdf5, in_time, torch_file
 from test_slides import REAL, pixels_with, real_slide, write_slide
 
@@ -449,3 +452,84 @@ def test_names_of_several_lines_are_told_in_one(tmp_path):
         with pytest.raises(MivpgError, match=rf"a\.{name} holds a b, expected") as error:
             read(tmp_path / f"a.{name}")
         assert "\n" not in str(error.value)
+
+
+def test_merges_within_merges_are_no_bomb(tmp_path):
+    lines = [f"a{number}: &a{number} {{<<: [{', '.join([f'*a{number - 1}'] * 10)}]}}" for number in range(1, 10)]
+    (tmp_path / "a.yaml").write_text("\n".join(["a0: &a0 {k: 1}", *lines]))
+    with pytest.raises(MivpgError, match=r"a\.yaml: .* merges without end"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_what_a_pickle_holds_is_shown_in_short(tmp_path):
+    nested = [1]
+    for _ in range(9):
+        nested = [nested] * 10
+    (tmp_path / "c.pkl").write_bytes(pickle.dumps({"a": nested}))
+    with pytest.raises(MivpgError, match=r"c\.pkl: captions of 'a' are .*, expected a list of texts") as error:
+        _read_captions(tmp_path / "c.pkl")
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("names", [5, None, [[1]], "B1"])
+def test_items_that_are_named_apart(tmp_path, names):
+    (tmp_path / "c.json").write_text(json.dumps({"pcs_name": names}))
+    with pytest.raises(MivpgError, match=r"c\.json: pcs_name is .*, expected a list of item_ids"):
+        _read_captions(tmp_path / "c.json")
+
+
+def test_a_field_that_stands_twice_is_found_among_many(tmp_path):
+    fields = [f'"{number}": 1' for number in range(50_000)]
+    (tmp_path / "a.json").write_text("{" + ",".join([*fields, fields[-1]]) + "}")
+    with pytest.raises(MivpgError, match="'49999' stands twice"):
+        read_json(tmp_path / "a.json")
+
+
+def test_numbers_that_are_arrays_are_no_features(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("features", (4, 5), dtype=np.dtype(("f4", (3,))))
+    with pytest.raises(BagError, match=r"a\.h5 is no readable features file"):
+        read_features(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("F4", 4), ("F6_E2M3", 4)])
+def test_numbers_of_few_bits_are_no_features(tmp_path, dtype, width):
+    bits = 2 * 2 * width * int(dtype[1])
+    header = json.dumps({"image_embeds": {"dtype": dtype, "shape": [2, 2, width], "data_offsets": [0, bits // 8]}})
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(bits // 8))
+    with pytest.raises(BagError, match=r"a\.safetensors"):
+        read_features(file)
+
+
+def test_coordinates_with_an_axis_more(tmp_path):
+    torch.save({"features": torch.zeros(4, 128), "coords": torch.zeros(2, 4, 2)}, tmp_path / "a.pt")
+    with pytest.raises(BagError, match=r"a\.pt: coords is \(2, 4, 2\), expected \(4, 2\)"):
+        read_features(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("texts", [{"prompt": "\ud800"}, {"captions": ("a chair", "a \udfff")}])
+def test_half_a_character_costs_its_bag(texts):
+    with pytest.raises(BagError, match="half a character"):
+        check_record(Sample(id="a", images=(Path("a.png"),), **texts))
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        ("a.vms", "[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=../secret/private.jpg"),
+        ("a.vmu", "[Uncompressed Virtual Microscope Specimen]\n MapFile = /secret/private.jpg"),
+        ("a/Slidedat.ini", "[DATAFILE]\r\nFILE_COUNT = 1\r\nFILE_0 = ../secret.dat\r\n"),
+        ("a/Slidedat.ini", "[HIERARCHICAL]\nINDEXFILE = ..\\\\secret.dat"),
+    ],
+)
+def test_a_slide_of_several_files_stays_in_its_folder(tmp_path, index, line):
+    """VMS, VMU and MIRAX are lists of names, which OpenSlide would open wherever they lead."""
+    pytest.importorskip("openslide")
+    file = tmp_path / index
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(line)
+    if file.parent != tmp_path:
+        (file := tmp_path / "a.mrxs").touch()
+    with pytest.raises(BagError, match=r"names the file .*, expected one in its own folder"):
+        open_slide(file)

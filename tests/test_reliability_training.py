@@ -168,6 +168,17 @@ def test_a_file_that_vanishes(world, config, tmp_path, monkeypatch, capsys, num_
     assert len(logged(run_dir, "loss")) == 9
 
 
+def test_a_validation_file_that_vanishes_costs_its_bag(world, config, tmp_path, monkeypatch, capsys):
+    """In the second epoch: it is scored as an empty caption there and in the third."""
+    data = shutil.copytree(world, tmp_path / "data")
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, (data / "21.npy").unlink)
+        main(["train", str(config), "--dataset.bag-file.path", str(data / "bags.jsonl")])
+    said = capsys.readouterr().out
+    assert said.count("bag 'bag21': ") == said.count("counts as an empty caption") == 2
+    assert checkpoints(tmp_path / "run")[-1] == 9 and len(logged(tmp_path / "run", "eval_CIDEr")) == 3
+
+
 def test_a_reader_that_is_killed(config, tmp_path, monkeypatch, capsys):
     """As a machine without memory does it, in the second epoch."""
     run_dir = tmp_path / "run"

@@ -8,6 +8,7 @@ What is random in training is a function of (seed, epoch, index), so a resumed r
 # N images of a bag, P patch tokens an image, D vision width
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,9 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 BLOCKS_PER_WINDOW = 100
 """Bags are sorted by size inside windows of this many blocks. On bags of 1 to 1860 patches in blocks of 8 a window of
 100 leaves 6 % padding, of 16 a fifth, no sorting two thirds."""
+
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Half of a pair that stands for one character: JSON may hold it, no tokenizer takes it."""
 
 SIZE_JITTER = 0.05
 """Sizes are multiplied by up to 1 ± this before sorting, so that bags of a small data set change their neighbours."""
@@ -171,6 +175,9 @@ def check_record(sample: Sample) -> None:
         raise BagError("slides and coordinates, but tiles bring their own; leave the coordinates out.")
     if any(not caption.strip() for caption in sample.captions):
         raise BagError("an empty caption; fill it in or leave it out.")
+    for text in (sample.prompt or "", *sample.captions):
+        if HALF_A_CHARACTER.search(text):
+            raise BagError(f"half a character (a lone surrogate) in the text {text!r}; correct it.")
     if sample.image_coords is not None and len(sample.image_coords) != bag_size(sample):
         raise BagError(f"{bag_size(sample)} images and {len(sample.image_coords)} coordinates, expected as many.")
 

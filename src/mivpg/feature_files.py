@@ -86,11 +86,14 @@ def read_features(path: Path) -> tuple[Tensor, Tensor | None]:
     """
     with _open(path) as stored:
         shape = _checked_shape(path, stored)
-        image_embeds = stored.read()
-        if not image_embeds.is_floating_point():
-            raise BagError(f"{path} holds {image_embeds.dtype}, expected floating-point features.")
-        image_embeds = image_embeds.float().reshape(shape)  # what does not fit becomes infinity
-        coords = None if stored.read_coords is None else stored.read_coords().float().reshape(-1, 2)
+        try:
+            image_embeds = stored.read()
+            if not image_embeds.is_floating_point():
+                raise BagError(f"{path} holds {image_embeds.dtype}, expected floating-point features.")
+            image_embeds = image_embeds.float().reshape(shape)  # what does not fit becomes infinity
+            coords = None if stored.read_coords is None else stored.read_coords().float().reshape(shape[0], 2)
+        except (RuntimeError, SafetensorError) as error:  # numbers of four or six bits, and others
+            raise _unreadable(path, "features file", error) from None
     if not torch.isfinite(image_embeds).all():
         raise BagError(f"{path}: the features hold NaN or infinity, expected finite numbers.")
     if coords is not None and not torch.isfinite(coords).all():
@@ -243,7 +246,9 @@ def _of_another_tool(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Ca
     return _Stored(
         shape=shape[1:] if len(shape) == 3 and shape[0] == 1 else shape,
         read=lambda: read(name),
-        coords_shape=coords_shape[1:] if coords_shape and len(coords_shape) == 3 else coords_shape,
+        coords_shape=coords_shape[1:]
+        if coords_shape and len(coords_shape) == 3 and coords_shape[0] == 1
+        else coords_shape,
         read_coords=None if coords_shape is None else lambda: read("coords"),
     )
 

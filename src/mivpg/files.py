@@ -11,6 +11,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +143,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json`, which would keep the last of several values of a field and say nothing."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise ValueError(f"{twice!r} stands twice in one object")
     return values
 
@@ -160,6 +161,14 @@ def read_yaml(path: Path) -> Any:
             if self.flow_level > MAX_DEPTH:  # each level costs as much as all above it
                 raise yaml.MarkedYAMLError(problem=f"nested more than {MAX_DEPTH} deep", problem_mark=self.get_mark())
             super().fetch_flow_collection_start(token)
+
+        num_merged = 0
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)
+            self.num_merged += len(node.value)
+            if self.num_merged > MAX_SETTINGS // 10:  # each level of `<<` may be ten times as long as the one before
+                raise yaml.MarkedYAMLError(problem="merges without end", problem_mark=node.start_mark)
 
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)

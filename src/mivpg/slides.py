@@ -7,6 +7,7 @@ It takes OpenSlide: `pip install 'mivpg[slides]'`.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,23 @@ def draw_tiles(path: Path, tiles: Sequence[Tile], *, longest_side: int = 1200) -
     return picture
 
 
+NAMES_A_FILE = re.compile(
+    rb"^\s*(?:ImageFile|MapFile|MacroImage|OptimisationFile|FILE_\d|INDEXFILE)[^=]*=(.*)$", re.MULTILINE
+)
+"""Lines of Hamamatsu's VMS and VMU and of MIRAX's Slidedat.ini, by which a slide of several files names the others."""
+
+
+def _check_stays_in_its_folder(path: Path) -> None:
+    """Raises a `BagError` where a slide that is a list of files names one that lies elsewhere."""
+    for index in (path, path.with_suffix("") / "Slidedat.ini"):
+        if not index.is_file() or (index == path and index.stat().st_size > 1 << 20):
+            continue  # the others are pictures, and large
+        for name in NAMES_A_FILE.findall(index.read_bytes()):
+            if b"/" in name or b"\\" in name:
+                shown = name.decode(errors="replace").strip()
+                raise BagError(f"{index} names the file {shown}, expected one in its own folder.")
+
+
 @functools.lru_cache(maxsize=8)
 def open_slide(path: Path) -> "OpenSlide":
     """An open slide, which threads may share; a few stay open.
@@ -157,6 +175,7 @@ def open_slide(path: Path) -> "OpenSlide":
     except ImportError:
         raise MivpgError("Slide files take OpenSlide: pip install 'mivpg[slides]'.") from None
     check_is_file(path, "a slide", BagError)
+    _check_stays_in_its_folder(path)
     try:
         slide = openslide.OpenSlide(path)
         width, height = slide.dimensions

@@ -13,6 +13,7 @@ import csv
 import json
 import logging
 import pickle
+import reprlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 IMAGES_CSV = Path("images", "metadata", "images.csv.gz")
 LISTINGS = "listings/metadata/listings_*.json.gz"
+
+SHORT = reprlib.Repr()
+"""Shows what a file holds in a line; in full, a few bytes of lists within lists may be gigabytes of text."""
+SHORT.maxlevel = 2
 
 
 @dataclass(kw_only=True)
@@ -181,12 +186,15 @@ def _read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     if not isinstance(data, dict):
         raise MivpgError(f"{path} holds a {type(data).__name__}, expected item_id -> list of captions.")
     if "pcs_name" in data:  # ShapeCompiler numbers its items and names them apart
-        data = {item_id: data.get(number) for number, item_id in enumerate(data["pcs_name"])}
+        items = data["pcs_name"]
+        if not isinstance(items, list) or not all(isinstance(item_id, str) for item_id in items):
+            raise MivpgError(f"{path}: pcs_name is {SHORT.repr(items)}, expected a list of item_ids.")
+        data = {item_id: data.get(number) for number, item_id in enumerate(items)}
     for item_id, captions in data.items():
         if not isinstance(item_id, str):
             raise MivpgError(f"{path} has the key {item_id!r}, expected an item_id.")
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-            raise MivpgError(f"{path}: captions of {item_id!r} are {captions!r}, expected a list of texts.")
+            raise MivpgError(f"{path}: captions of {item_id!r} are {SHORT.repr(captions)}, expected a list of texts.")
     return {item_id: tuple(captions) for item_id, captions in data.items() if captions}
 
 
