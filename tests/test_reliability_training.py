@@ -201,6 +201,16 @@ def test_a_reader_that_is_killed(config, tmp_path, monkeypatch, capsys):
     assert logged(run_dir, "loss") == logged(tmp_path / "unbroken", "loss")
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "data.yaml", "checkpoint-9/trainer_state.json"])
+def test_a_damaged_file_of_a_run_is_named(config, tmp_path, capsys, name):
+    run_dir = tmp_path / "run"
+    main(["train", str(config)])
+    file = run_dir / name
+    file.write_text('{"a": [')
+    capsys.readouterr()
+    assert stopped(capsys, config, "--resume").startswith(f"mivpg: {file} is damaged (")
+
+
 def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):
     """The line names the bags that were trained on, and is the only thing that is left of the step."""
     seen: list[list[str]] = []

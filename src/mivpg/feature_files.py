@@ -167,6 +167,7 @@ def _open_hdf5(path: Path) -> Iterator[_Stored]:
 
     def read(name: str) -> Tensor:
         try:
+            _check_is_number(path, arrays[name].dtype)  # before it is read: a text of any length counts as 16 bytes
             check_unpacked(path, arrays[name].nbytes, BagError)
             return _tensor(path, arrays[name][()])
         except BagError:
@@ -255,12 +256,16 @@ def _of_another_tool(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Ca
 
 def _tensor(path: Path, array: Any) -> Tensor:
     """A copy of an array of numbers, since torch knows none of the other byte orders and widths."""
-    if not np.issubdtype(array.dtype, np.number):
-        raise BagError(f"{path} holds {array.dtype}, expected floating-point features.")
+    _check_is_number(path, array.dtype)
     if np.issubdtype(array.dtype, np.floating):
         with np.errstate(over="ignore"):
             return torch.from_numpy(array.astype(np.float32))
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _check_is_number(path: Path, dtype: np.dtype) -> None:
+    if not np.issubdtype(dtype, np.number):
+        raise BagError(f"{path} holds {dtype}, expected floating-point features.")
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> BagError:

@@ -41,7 +41,7 @@ from mivpg.captioning import NUM_READERS, check_batch_size, in_eval_mode, read_r
 from mivpg.checkpoints import stat
 from mivpg.errors import BagError, MivpgError
 from mivpg.feature_files import ERRORS, features_shape, name_in_store
-from mivpg.files import write_whole
+from mivpg.files import DAMAGE, write_whole
 from mivpg.modeling_mivpg import MivpgVisualPromptModel
 from mivpg.processing_mivpg import MivpgProcessor, pad_bags
 from mivpg.slides import Tile, TileOptions, draw_tiles, find_tiles, open_slide
@@ -472,18 +472,24 @@ def read_slides(file: Path) -> tuple[list[Path], list[PlacedSlide] | None]:
     Returns:
         None for where they lie in stores that did not note it; no slides of files that `extract_features` did not
         write, or wrote of images.
+
+    Raises:
+        MivpgError: What the file says of them is damaged.
     """
     if file.suffix != ".safetensors":
         return [], None
-    with safe_open(file, framework="pt") as stored:
-        made_of = json.loads((stored.metadata() or {}).get(MADE_OF, "{}"))
-    slides = [Path(origin[0]) for origin in made_of.get("slides", [])]
-    if "tiles" not in made_of:
-        return slides, None
-    return slides, [
-        PlacedSlide(slide=slide, num_tiles=num_tiles, first_column=first_column, span=span)
-        for slide, (num_tiles, first_column, span) in zip(slides, made_of["tiles"], strict=True)
-    ]
+    try:
+        with safe_open(file, framework="pt") as stored:
+            made_of = json.loads((stored.metadata() or {}).get(MADE_OF, "{}"))
+        slides = [Path(origin[0]) for origin in made_of.get("slides", [])]
+        if "tiles" not in made_of:
+            return slides, None
+        return slides, [
+            PlacedSlide(slide=slide, num_tiles=int(num_tiles), first_column=int(first_column), span=float(span))
+            for slide, (num_tiles, first_column, span) in zip(slides, made_of["tiles"], strict=True)
+        ]
+    except (*DAMAGE, SafetensorError) as error:
+        raise MivpgError(f"{file}: what it says of its slides (`{MADE_OF}`) is damaged: {error}.") from None
 
 
 def _coords(bag: Sample) -> Tensor | None:

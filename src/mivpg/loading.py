@@ -31,6 +31,7 @@ from transformers import (
 
 from mivpg.configuration_mivpg import MivpgConfig, MivpgQFormerConfig
 from mivpg.errors import MivpgError
+from mivpg.files import DAMAGE
 
 CONFIG_FIELDS = (
     "num_query_tokens",
@@ -65,7 +66,7 @@ def loading(what: str, path: str | os.PathLike) -> Iterator[None]:
         yield
     except MivpgError:  # already one of ours, which are ValueErrors, too
         raise
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
+    except (*DAMAGE, SafetensorError, StrictDataclassError) as error:
         raise MivpgError(f"{path}: {what} cannot be loaded: {one_line(error)}") from error
 
 

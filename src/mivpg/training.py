@@ -68,6 +68,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer, caption_floors
 from mivpg.feature_files import features_shape
+from mivpg.files import DAMAGE, write_whole
 from mivpg.loading import load_config
 from mivpg.miniature.folders import MADE_BY
 from mivpg.model_card import DATA_LICENCES, MODEL, NOT_KNOWN, Training, write_model_card
@@ -165,6 +166,9 @@ class ModelConfig:
     """Of the frozen parts; `auto` is as they are stored. What MIVPG consists of is float32."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "max_caption_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise MivpgError(f"model.{name} is {value}, expected at least 1.")
         self.aggregator_options = plain_options(self.aggregator_options)
 
     def load(self) -> tuple[MivpgForConditionalGeneration, MivpgProcessor]:
@@ -286,8 +290,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MivpgError(f"{name} is {value}, expected at least 1.")
-        if not 0 <= self.learning_rate < math.inf:
-            raise MivpgError(f"learning_rate is {self.learning_rate}, expected a number of at least 0.")
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "num_workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise MivpgError(f"{name} is {getattr(self, name)}, expected a number of at least 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise MivpgError(f"betas are {self.betas}, expected two numbers from 0 to below 1.")
+        if not 0 <= self.seed < 2**32:
+            raise MivpgError(f"seed is {self.seed}, expected an integer from 0 to 2^32 - 1.")
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -357,7 +366,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             _write(config.output_dir / DATA_FILE, data)
     else:
         _check_same(config.output_dir / DATA_FILE, data)
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        with _damaged(Path(checkpoint) / TRAINER_STATE_NAME):
+            trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         _say(f"Resuming from step {trainer.state.global_step} (epoch {trainer.state.epoch:.2f}).")
     if checkpoint is not None and trainer.is_finished:
         _say("This run is finished.")
@@ -431,13 +441,27 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
 
 def _check_same(file: Path, asked: dict[str, Any]) -> None:
     """Raises where a run is resumed with other values than `file` says it was begun with, but for `MAY_DIFFER`."""
-    begun, asked = _flat(yaml.safe_load(file.read_text())), _flat(asked)
+    with _damaged(file):
+        begun = _flat(yaml.safe_load(file.read_text()))
+    asked = _flat(asked)
     for name in begun | asked:
         if name not in MAY_DIFFER and begun.get(name) != asked.get(name):
             raise MivpgError(
                 f"{file}: the run was begun with {name} = {begun.get(name)} and is resumed with {asked.get(name)}; "
                 "resume it as it was or name a new output_dir."
             )
+
+
+@contextmanager
+def _damaged(file: Path) -> Iterator[None]:
+    """For a file of a run that is read when it is resumed."""
+    try:
+        yield
+    except (*DAMAGE, yaml.YAMLError) as error:
+        raise MivpgError(
+            f"{file} is damaged ({' '.join(str(error).split())}); where it lies in a checkpoint, delete that folder "
+            "and resume from the one before, else name a new output_dir."
+        ) from None
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -451,7 +475,7 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 def _write(file: Path, values: dict[str, Any]) -> None:
     with _writing(file, file.parent):
-        file.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        write_whole(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _as_plain(config: TrainConfig) -> dict[str, Any]:
