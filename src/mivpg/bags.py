@@ -132,6 +132,14 @@ def bag_size(sample: Sample) -> int:
     return len(sample.images) if sample.features is None else features_shape(sample.features)[0]
 
 
+def size_to_sort_by(sample: Sample) -> int:
+    """Its `bag_size`; 0 where that cannot be read, and what is wrong is said when the bag is opened."""
+    try:
+        return bag_size(sample)
+    except BagError:
+        return 0
+
+
 def check_bags(samples: Iterable[Sample]) -> None:
     """Finds before training what would stop it in the middle: files are looked at (names, headers), not decoded.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mivpg.bags import Bag, BagCollator, BagDataset, Sample, bag_size
+from mivpg.bags import Bag, BagCollator, BagDataset, Sample, size_to_sort_by
 from mivpg.errors import BagError, MivpgError
 from mivpg.files import write_whole
 
@@ -296,7 +296,7 @@ def caption_file(
         logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
     write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
 
-    by_size = sorted(samples, key=_num_images, reverse=True)
+    by_size = sorted(samples, key=size_to_sort_by, reverse=True)
     by_size.sort(key=lambda sample: sample.id not in kept)  # those that are done stand first
     results = caption_samples(
         model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
@@ -333,14 +333,6 @@ def read_captions(out: Path) -> dict[str, str]:
 def _whole_lines(partial: Path) -> list[bytes]:
     """What follows the last end of line was cut short by a kill."""
     return partial.read_bytes().split(b"\n")[:-1]
-
-
-def _num_images(sample: Sample) -> int:
-    """The size to sort by; 0 where it cannot be read, and what is wrong is said when the bag is opened."""
-    try:
-        return bag_size(sample)
-    except BagError:
-        return 0
 
 
 def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:

@@ -245,13 +245,16 @@ def _of_another_tool(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Ca
         raise BagError(f"{path} holds {listed(shapes) or 'no array'}, expected {' or '.join(NAMES)}.")
     shape, coords_shape = shapes[name], shapes.get("coords")
     return _Stored(
-        shape=shape[1:] if len(shape) == 3 and shape[0] == 1 else shape,
+        shape=_without_first_axis_of_one(shape),
         read=lambda: read(name),
-        coords_shape=coords_shape[1:]
-        if coords_shape and len(coords_shape) == 3 and coords_shape[0] == 1
-        else coords_shape,
+        coords_shape=None if coords_shape is None else _without_first_axis_of_one(coords_shape),
         read_coords=None if coords_shape is None else lambda: read("coords"),
     )
+
+
+def _without_first_axis_of_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of three axes: some tools store a slide as a batch of one."""
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
 
 def _tensor(path: Path, array: Any) -> Tensor:

@@ -53,6 +53,7 @@ from mivpg.bags import (
     has_positions,
     one_pair_a_reference,
     select,
+    size_to_sort_by,
 )
 from mivpg.captioning import GenerationOptions, caption_bags
 from mivpg.configuration_mivpg import (
@@ -688,7 +689,7 @@ class MivpgTrainer(Trainer):
 
     def _caption(self, dataset: BagDataset) -> Iterator[tuple[str, str]]:
         """(id, caption) of this process's share of the bags."""
-        by_size = sorted(range(len(dataset)), key=lambda index: _size_or_zero(dataset.samples[index]))
+        by_size = sorted(range(len(dataset)), key=lambda index: size_to_sort_by(dataset.samples[index]))
         loader: DataLoader[list[Bag | BagError]] = DataLoader(
             OpenedOrError(dataset),
             batch_size=self.args.per_device_eval_batch_size,
@@ -888,14 +889,6 @@ class LastingLoader(DataLoader):
     def __iter__(self) -> Any:
         torch.empty((), dtype=torch.int64).random_()
         return super().__iter__()
-
-
-def _size_or_zero(sample: Sample) -> int:
-    """The size of a bag; where its file is gone, `OpenedOrError` says so."""
-    try:
-        return bag_size(sample)
-    except BagError:
-        return 0
 
 
 class OpenedOrError(Dataset):
