@@ -403,6 +403,7 @@ def test_the_collator_hands_over_pixels():
     given_ = BagCollator(Recorder(), training=True)(bags)
     assert given_ == {
         "images": pictures,
+        "pixel_values": None,
         "image_embeds": None,
         "image_coords": None,
         "text": ["prompt of 0", "prompt of 1"],

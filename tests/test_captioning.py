@@ -38,9 +38,12 @@ GREEDY = GenerationOptions(num_beams=1, max_new_tokens=7)
 class FakeProcessor:
     """Reads of a bag its first value and its number of images; a prompt is its length in ones, padded on the left."""
 
-    def __call__(self, *, images, image_embeds, image_coords, text, captions, return_tensors):
+    def pixels(self, bag):
+        return torch.stack([torch.full((3, 1, 1), int(np.asarray(image).ravel()[0])) for image in bag])
+
+    def __call__(self, *, images, pixel_values, image_embeds, image_coords, text, captions, return_tensors):
         assert captions is None
-        bags = image_embeds if images is None else [[np.asarray(image) for image in bag] for bag in images]
+        bags = image_embeds or pixel_values or [self.pixels(bag) for bag in images]
         longest = max(map(len, text))
         return {
             "pixel_values": torch.tensor([[int(bag[0].ravel()[0]), len(bag)] for bag in bags]),  # (B, 2)

@@ -392,6 +392,33 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     assert "Floor: one constant caption" in page and f"root: {world.folder}" not in page and f"path: {file}" in page
 
 
+@pytest.mark.usefixtures("one_meteor")
+def test_an_evaluation_that_stopped_after_captioning_goes_on(world, trained, tmp_path, monkeypatch):
+    """Its captions are written once, and taken for no other model's; the scores are those of an unbroken one."""
+    command = ["evaluate", world.config(tmp_path), "--model", trained[0] / "best", *FAST]
+    done(*command, "--out", tmp_path / "unbroken.json")
+    metrics, captions = tmp_path / "METRICS.json", tmp_path / "METRICS.captions.jsonl"
+
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mivpg.evaluation_report.write_evaluation_report", interrupt)
+        assert mivpg(*command, "--out", metrics).code == 130
+    assert captions.exists() and not metrics.exists()
+    line = refusal(tmp_path, *command, "--out", metrics, "--validation.min-new-tokens", 2)
+    assert f"{captions} was begun with min_new_tokens = " in line
+    with monkeypatch.context() as patch:
+        patch.setattr(MivpgForConditionalGeneration, "generate", None)
+        done(*command, "--out", metrics)
+    assert metrics.read_bytes() == (tmp_path / "unbroken.json").read_bytes()
+    assert captions.read_bytes() == (tmp_path / "unbroken.captions.jsonl").read_bytes()
+    names = {path.name for path in tmp_path.glob("METRICS*")}
+    assert names == {"METRICS.json", "METRICS.html", "METRICS.captions.jsonl"}
+    metrics.unlink()
+    assert f"{captions} exists already" in refusal(tmp_path, *command, "--out", metrics)
+
+
 def test_evaluate_writes_captions_as_validation_of_the_file_says(world, tmp_path, monkeypatch):
     asked: list[GenerationOptions] = []
 

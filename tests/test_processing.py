@@ -1,11 +1,14 @@
 """What the processor makes of bags in every form they may have, and what it says of those that do not fit."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mivpg import MivpgConfig, MivpgProcessor
+from mivpg import MivpgConfig, MivpgProcessor, bags
+from mivpg.bags import BagCollator, BagDataset, Sample
 from mivpg.configuration_mivpg import IMAGE_TOKEN
 from mivpg.errors import BagError, MivpgError
 from mivpg.loading import load_config
@@ -40,6 +43,41 @@ def test_a_picture_is_a_bag_and_a_list_of_pictures_is_one(processor, tmp_path):
     assert set(ragged) <= set(processor.model_input_names)
 
 
+@pytest.mark.parametrize("augmented", [False, True])
+def test_images_made_ready_as_they_are_opened_are_the_same(processor, tmp_path, monkeypatch, augmented):
+    """And one at a time is in memory as large as it is, which is what that is for."""
+    paths = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, path in enumerate(paths):
+        picture(number).save(path)
+    samples = [Sample(id="a", images=tuple(paths[:3])), Sample(id="b", images=tuple(paths[3:]))]
+    later = BagDataset(samples, prompt="a", augmented=augmented)
+    at_once = BagDataset(samples, prompt="a", augmented=augmented, processor=processor)
+    expected = BagCollator(processor, training=False)([later[1, number] for number in range(2)])
+
+    opened: list[weakref.ref] = []
+
+    def open_image(path, open_image=bags.open_image):
+        assert sum(image() is not None for image in opened) <= 1
+        image = open_image(path)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(bags, "open_image", open_image)
+    batch = BagCollator(processor, training=False)([at_once[1, number] for number in range(2)])
+    assert len(opened) == 4
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+def test_images_that_are_made_of_unlike_sizes_cost_their_bag(processor, tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "wide.png")
+    picture(0).rotate(90, expand=True).save(tmp_path / "high.png")
+    monkeypatch.setattr(processor.image_processor, "size", {"shortest_edge": 8})
+    sample = Sample(id="a", images=(tmp_path / "wide.png", tmp_path / "high.png"))
+    with pytest.raises(BagError, match=r"bag 'a': the image processor makes images of \(8, 12\) and \(12, 8\) pixels"):
+        BagDataset([sample], processor=processor)[0]
+
+
 def test_pictures_of_other_modes_are_seen_in_rgb(processor):
     see_through = picture(0, "RGBA")
     assert torch.equal(
@@ -56,8 +94,8 @@ def test_coordinates_stand_beside_their_images(processor):
 @pytest.mark.parametrize(
     ("bags", "message"),
     [
-        ({}, "Pass either images or image_embeds"),
-        ({"images": ONE, "image_embeds": EMBEDS}, "Pass either images or image_embeds"),
+        ({}, "Pass images, pixel_values or image_embeds"),
+        ({"images": ONE, "image_embeds": EMBEDS}, "Pass images, pixel_values or image_embeds"),
         ({"images": ONE, "return_tensors": "np"}, "return_tensors is 'np'; MivpgProcessor makes PyTorch tensors, 'pt'"),
         ({"images": 3}, "images are lists of PIL images or paths; this is a int"),
         ({"images": [[ONE], OTHER]}, r"images hold bags \(lists\) beside single pictures"),

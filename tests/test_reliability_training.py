@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -209,6 +210,26 @@ def test_a_damaged_file_of_a_run_is_named(config, tmp_path, capsys, name):
     file.write_text('{"a": [')
     capsys.readouterr()
     assert stopped(capsys, config, "--resume").startswith(f"mivpg: {file} is damaged (")
+
+
+def test_a_damaged_checkpoint_is_named(config, tmp_path, monkeypatch, capsys):
+    """Whichever of its files is damaged, and where one is missing; the one before it is still good."""
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            main(["train", str(config)])
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        whole = (checkpoint / name).read_bytes()
+        for damage in (whole[: len(whole) // 2], b"", b"\x80\x04not a pickle"):
+            (checkpoint / name).write_bytes(damage)
+            capsys.readouterr()
+            assert stopped(capsys, config, "--resume").startswith(f"mivpg: {checkpoint} is damaged ("), (name, damage)
+        (checkpoint / name).write_bytes(whole)
+    (checkpoint / "optimizer.pt").unlink()
+    assert f"{checkpoint} is damaged (there is no optimizer.* in it)" in stopped(capsys, config, "--resume")
+    shutil.rmtree(checkpoint)
+    goes_on(config, tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):

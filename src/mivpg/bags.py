@@ -66,7 +66,7 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Bag:
-    """One opened bag, with either `images` or `image_embeds`."""
+    """One opened bag, with `images`, `pixel_values` or `image_embeds`."""
 
     id: str
     images: list[Image.Image] | None
@@ -77,6 +77,8 @@ class Bag:
     prompt: str
     caption: str | None
     """The reference drawn for training, else None."""
+    pixel_values: Tensor | None = None
+    """(N, 3, h, w), images as the vision model gets them."""
 
 
 def select(samples: Iterable[Sample], split: str) -> list[Sample]:
@@ -228,6 +230,24 @@ def _mixed(first_id: str, first_kind: str, other_id: str, other_kind: str) -> st
     return f"bag {first_id!r} has {first_kind} and bag {other_id!r} has {other_kind}, expected all bags alike."
 
 
+class Processor(Protocol):
+    """What is asked of `MivpgProcessor`."""
+
+    def pixels(self, bag: Sequence[Image.Image]) -> Tensor: ...
+
+    def __call__(
+        self,
+        *,
+        images: list[list[Image.Image]] | None,
+        pixel_values: list[Tensor] | None,
+        image_embeds: list[Tensor] | None,
+        image_coords: list[Tensor] | None,
+        text: list[str],
+        captions: list[str] | None,
+        return_tensors: str,
+    ) -> Mapping[str, Tensor]: ...
+
+
 class BagDataset(Dataset):
     """Opens bags one at a time.
 
@@ -238,6 +258,8 @@ class BagDataset(Dataset):
         training: Whether a bag carries a caption: one reference, drawn anew every epoch.
         max_images: Of a larger bag so many images, drawn anew every epoch, in their order.
         augmented: Whether images are turned, mirrored and recoloured, anew every epoch.
+        processor: Makes each image ready for the vision model as soon as it is open, so that one of a bag's images at a
+            time is in memory as large as it is: thirty photos of a phone are a gigabyte. None = bags hold `images`.
     """
 
     def __init__(
@@ -249,6 +271,7 @@ class BagDataset(Dataset):
         training: bool = False,
         max_images: int | None = None,
         augmented: bool = False,
+        processor: Processor | None = None,
     ) -> None:
         self.samples = samples
         self.prompt = prompt
@@ -256,6 +279,7 @@ class BagDataset(Dataset):
         self.training = training
         self.max_images = max_images
         self.augmented = augmented
+        self.processor = processor
 
     def sizes(self) -> list[int]:
         """Images of each bag, as it will be opened."""
@@ -276,17 +300,18 @@ class BagDataset(Dataset):
         """
         epoch, index = (0, index) if isinstance(index, int) else index
         sample = self.samples[index]
-        images, image_embeds, coords, caption = None, None, None, None
+        images, pixel_values, image_embeds, coords, caption = None, None, None, None, None
         with naming(sample):
             check_record(sample)
             _check_is_cut(sample)
             chosen = self._choose_images(sample, epoch, index)
             if sample.features is None:
                 paths = sample.images if chosen is None else [sample.images[i] for i in chosen]
-                images = [open_image(path) for path in paths]
-                if self.augmented:
-                    generator = random.Random(f"{self.seed} {epoch} {index} augmentation")
-                    images = [augment(image, generator) for image in images]
+                opened = self._open_images(paths, random.Random(f"{self.seed} {epoch} {index} augmentation"))
+                if self.processor is None:
+                    images = list(opened)
+                else:
+                    pixel_values = _alike([self.processor.pixels([image]) for image in opened])
             elif self.augmented:
                 raise BagError(f"{sample.features} holds features, and augmentation changes images; leave one out.")
             else:
@@ -307,7 +332,13 @@ class BagDataset(Dataset):
             image_coords=coords,
             prompt=prompt,
             caption=caption,
+            pixel_values=pixel_values,
         )
+
+    def _open_images(self, paths: Iterable[Path], generator: random.Random) -> Iterator[Image.Image]:
+        for path in paths:
+            image = open_image(path)
+            yield augment(image, generator) if self.augmented else image
 
     def _choose_images(self, sample: Sample, epoch: int, index: int) -> list[int] | None:
         """Numbers of the images that this epoch sees; None = all."""
@@ -315,6 +346,14 @@ class BagDataset(Dataset):
             return None
         generator = random.Random(f"{self.seed} {epoch} {index} images")
         return sorted(generator.sample(range(number), self.max_images))
+
+
+def _alike(pixel_values: list[Tensor]) -> Tensor:
+    """(N, 3, h, w) of so many (1, 3, h, w)."""
+    shapes = list(dict.fromkeys(tuple(image.shape[2:]) for image in pixel_values))
+    if len(shapes) > 1:
+        raise BagError(f"the image processor makes images of {shapes[0]} and {shapes[1]} pixels, expected one size.")
+    return torch.cat(pixel_values)
 
 
 class BagSampler(Sampler[tuple[int, int]]):
@@ -362,21 +401,6 @@ def _pieces(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-class Processor(Protocol):
-    """What the collator asks of `MivpgProcessor`."""
-
-    def __call__(
-        self,
-        *,
-        images: list[list[Image.Image]] | None,
-        image_embeds: list[Tensor] | None,
-        image_coords: list[Tensor] | None,
-        text: list[str],
-        captions: list[str] | None,
-        return_tensors: str,
-    ) -> Mapping[str, Tensor]: ...
-
-
 class BagCollator:
     """Makes a batch of bags.
 
@@ -400,12 +424,14 @@ class BagCollator:
             if _kind_of_bag(bag) != _kind_of_bag(bags[0]):
                 raise BagError(_mixed(bags[0].id, _kind_of_bag(bags[0]), bag.id, _kind_of_bag(bag)))
         images = [bag.images for bag in bags if bag.images is not None]
+        pixel_values = [bag.pixel_values for bag in bags if bag.pixel_values is not None]
         image_embeds = [bag.image_embeds for bag in bags if bag.image_embeds is not None]
         image_coords = [bag.image_coords for bag in bags if bag.image_coords is not None]
         captions = [bag.caption for bag in bags if bag.caption is not None]
         assert not self.training or len(captions) == len(bags), "the data set was not made with training=True"
         return self.processor(
             images=images or None,
+            pixel_values=pixel_values or None,
             image_embeds=image_embeds or None,
             image_coords=image_coords or None,
             text=[bag.prompt for bag in bags],

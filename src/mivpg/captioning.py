@@ -63,6 +63,10 @@ class GenerationOptions:
         for name in ("num_beams", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise MivpgError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        if self.min_new_tokens is not None and not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise MivpgError(
+                f"min_new_tokens is {self.min_new_tokens}, expected 0 to max_new_tokens ({self.max_new_tokens})."
+            )
 
     def as_kwargs(self) -> dict[str, Any]:
         """Arguments for `caption_bags` and `generate`."""
@@ -148,8 +152,8 @@ def caption_samples(
 ) -> Generator[tuple[str, str | BagError], None, None]:
     """Captions bags in the order given, with a progress bar on a terminal.
 
-    While the model writes, the next batch is made into tensors and the images of the one after it are read, so three
-    batches are in memory, two of them as tensors, too, however large the data set is.
+    While the model writes, the next batch is put together and the images of the one after it are read, so three batches
+    are in memory as the vision model gets them, however large the data set is and its images are.
 
     Args:
         model: As in `caption_bags`.
@@ -164,7 +168,7 @@ def caption_samples(
         Bag id and caption, or what is wrong with the bag.
     """
     check_batch_size(batch_size)
-    opened = _read_ahead(BagDataset(samples, prompt=prompt), start, batch_size)
+    opened = _read_ahead(BagDataset(samples, prompt=prompt, processor=processor), start, batch_size)
 
     def next_batch() -> tuple[list[tuple[str, Bag | BagError]], Mapping[str, Tensor] | BagError]:
         batch = list(islice(opened, batch_size))
@@ -255,6 +259,7 @@ def caption_file(
     prompt: str = "",
     batch_size: int = 8,
     strict: bool = False,
+    keep_notes: bool = False,
 ) -> CaptionCounts:
     """Captions a data set into JSON lines, `{"id", "caption"}` in the order of the samples.
 
@@ -269,11 +274,13 @@ def caption_file(
         model: As in `caption_bags`.
         processor: The model's.
         samples: What to caption, each with an id of its own.
-        out: The file to write; it must not exist.
+        out: The file to write; it must not exist, but where `keep_notes` left it.
         generation: How captions are written.
         prompt: Precedes the caption of samples without a prompt of their own.
         batch_size: Bags captioned at once.
         strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
+        keep_notes: Leave `<out>.partial.json` in its place, for a caller that has more to do with the captions and
+            deletes it then; a run that finds both captions none of these bags again.
 
     Raises:
         MivpgError: `out` exists, two samples have one id, or its partial file belongs to other samples, was written
@@ -281,15 +288,15 @@ def caption_file(
         BagError: A bag cannot be read and `strict` is set.
     """
     check_batch_size(batch_size)
-    if out.exists():
+    partial, author_file = out.with_name(out.name + ".partial"), notes_of(out)
+    if out.exists() and not (keep_notes and author_file.exists()):
         raise MivpgError(f"{out} exists already; delete it or choose another name.")
     if twice := [bag_id for bag_id, number in Counter(sample.id for sample in samples).items() if number > 1]:
         raise MivpgError(f"samples: several bags have the id {twice[0]!r}, expected an id of its own for each bag.")
-    partial = out.with_name(out.name + ".partial")
-    author_file = out.with_name(out.name + ".partial.json")
     author = _author(model, prompt, generation)
-    if partial.exists():
-        _check_author(partial, author_file, author)
+    if (begun := out if out.exists() else partial).exists():
+        _check_author(begun, author_file, author)
+        begun.rename(partial)
     kept = _resume(partial, samples, batch_size, strict)
     num_resumed, num_failed = len(kept), sum(kept.values())
     if num_resumed:
@@ -319,8 +326,14 @@ def caption_file(
     lines = {read_record(line)["id"]: line + b"\n" for line in _whole_lines(partial)}
     write_whole(partial, b"".join(lines[sample.id] for sample in samples))
     partial.rename(out)
-    author_file.unlink()
+    if not keep_notes:
+        author_file.unlink()
     return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
+
+
+def notes_of(out: Path) -> Path:
+    """Where it stands, while a file of captions is written, what writes them."""
+    return out.with_name(out.name + ".partial.json")
 
 
 def read_captions(out: Path) -> dict[str, str]:

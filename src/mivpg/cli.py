@@ -487,7 +487,7 @@ def run_evaluation(
     from dataclasses import asdict
 
     from mivpg.bags import select
-    from mivpg.captioning import caption_file, read_captions
+    from mivpg.captioning import caption_file, notes_of, read_captions
     from mivpg.evaluation import CaptionScorer, evaluate_captions, format_table
     from mivpg.evaluation_report import write_evaluation_report
     from mivpg.files import write_whole
@@ -506,8 +506,9 @@ def run_evaluation(
     captions, page = out.with_suffix(".captions.jsonl"), out.with_suffix(".html")
     if page == out:
         raise MivpgError(f"--out is {out}, expected a name for JSON; the page gets the ending .html by itself.")
-    refuse_existing(captions)
-    refuse_existing(page)
+    if not (notes := notes_of(captions)).exists():  # else an evaluation that was interrupted goes on
+        refuse_existing(captions)
+        refuse_existing(page)
     # What is wrong with the references or with Java shows before hours of captioning, not after.
     with CaptionScorer({sample.id: sample.captions for sample in chosen}, ("CIDEr",)):
         pass
@@ -522,18 +523,20 @@ def run_evaluation(
         prompt=prompt,
         batch_size=batch_size,
         strict=strict,
+        keep_notes=True,
     )
     predictions = read_captions(captions)
     scored = [sample for sample in chosen if sample.id in predictions]
     if not scored:
-        raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read.")
+        raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read; delete that file once they can.")
     results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
     results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
-    write_whole(out, json.dumps(results, indent=2) + "\n")
     given = asdict(dataset, dict_factory=lambda items: {name: value for name, value in items if value is not None})
     settings = {"model": model, "dataset": given, "split": split, "prompt": prompt, "dtype": dtype}
     settings |= {"validation": asdict(generation), "batch_size": batch_size, "seed": seed}
     write_evaluation_report(page, results, predictions, scored, settings=settings)
+    write_whole(out, json.dumps(results, indent=2) + "\n")
+    notes.unlink()
     print(format_table(results))
     if counts.num_failed:
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")

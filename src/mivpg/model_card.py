@@ -122,6 +122,7 @@ def read_training(folder: Path) -> Training | None:
         KeyError,
         TypeError,
         ValueError,
+        RecursionError,
         yaml.YAMLError,
     ):  # people may write into a card what they like
         return None

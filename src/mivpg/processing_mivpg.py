@@ -169,6 +169,7 @@ class MivpgProcessor(ProcessorMixin):
         images: Sequence[PictureLike] | Sequence[Sequence[PictureLike]] | None = None,
         text: Text | Sequence[Text] | None = None,
         *,
+        pixel_values: Sequence[Tensor] | None = None,
         image_embeds: Sequence[Tensor] | None = None,
         image_coords: Sequence[Any] | None = None,
         captions: str | Sequence[str] | None = None,
@@ -181,6 +182,7 @@ class MivpgProcessor(ProcessorMixin):
             images: A list of bags, each a list of pictures or their paths; a list of pictures is one bag.
             text: The prompt of each bag, or one for all; by default the processor's own. A prompt is a text, or a
                 conversation (turns of `role` and `content`) for the tokenizer's chat template.
+            pixel_values: Instead of images, what `pixels` made of those of each bag, (N, 3, h, w).
             image_embeds: Instead of images, stored features of each bag, (N, P, D).
             image_coords: x and y of each image of each bag, (N, 2), where they are known.
             captions: For training, the caption of each bag; gives `labels`, and pads on the right. Without them a
@@ -198,11 +200,13 @@ class MivpgProcessor(ProcessorMixin):
         """
         if return_tensors != "pt":
             raise MivpgError(f"return_tensors is {return_tensors!r}; MivpgProcessor makes PyTorch tensors, 'pt'.")
-        if (images is None) == (image_embeds is None):
-            raise MivpgError("Pass either images or image_embeds.")
+        if sum(given is not None for given in (images, pixel_values, image_embeds)) != 1:
+            raise MivpgError("Pass images, pixel_values or image_embeds, one of them.")
         batch: dict[str, Tensor] = {}
         if image_embeds is not None:
             batch["image_embeds"], batch["image_mask"] = pad_bags(list(image_embeds))
+        elif pixel_values is not None:
+            batch["pixel_values"], batch["image_mask"] = pad_bags(list(pixel_values))
         else:
             assert images is not None
             if isinstance(images, PictureLike):

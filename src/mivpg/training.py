@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -69,7 +70,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer, caption_floors
 from mivpg.feature_files import features_shape
-from mivpg.files import DAMAGE, write_whole
+from mivpg.files import DAMAGE, read_yaml, write_whole
 from mivpg.loading import load_config
 from mivpg.miniature.folders import MADE_BY
 from mivpg.model_card import DATA_LICENCES, MODEL, NOT_KNOWN, Training, write_model_card
@@ -353,8 +354,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             training=True,
             max_images=config.max_images,
             augmented=config.augmentation,
+            processor=processor,
         ),
-        BagDataset(val_samples, prompt=config.prompt) if val_samples else None,
+        BagDataset(val_samples, prompt=config.prompt, processor=processor) if val_samples else None,
         validation=config.validation,
         early_stopping_patience=config.early_stopping_patience,
         save_every=config.save_steps,
@@ -443,7 +445,7 @@ def _check_fit(sample: Sample, model: MivpgForConditionalGeneration) -> None:
 def _check_same(file: Path, asked: dict[str, Any]) -> None:
     """Raises where a run is resumed with other values than `file` says it was begun with, but for `MAY_DIFFER`."""
     with _damaged(file):
-        begun = _flat(yaml.safe_load(file.read_text()))
+        begun = _flat(read_yaml(file))
     asked = _flat(asked)
     for name in begun | asked:
         if name not in MAY_DIFFER and begun.get(name) != asked.get(name):
@@ -455,13 +457,15 @@ def _check_same(file: Path, asked: dict[str, Any]) -> None:
 
 @contextmanager
 def _damaged(file: Path) -> Iterator[None]:
-    """For a file of a run that is read when it is resumed."""
+    """For what is read of a run when it is resumed."""
     try:
         yield
-    except (*DAMAGE, yaml.YAMLError) as error:
+    except torch.OutOfMemoryError:  # a RuntimeError, as which torch says that a file is damaged
+        raise
+    except (*DAMAGE, pickle.UnpicklingError) as error:
         raise MivpgError(
-            f"{file} is damaged ({' '.join(str(error).split())}); where it lies in a checkpoint, delete that folder "
-            "and resume from the one before, else name a new output_dir."
+            f"{file} is damaged ({' '.join(str(error).split())[:200]}); if it is a checkpoint or lies in one, delete "
+            "that folder and resume from the one before, else name a new output_dir."
         ) from None
 
 
@@ -811,10 +815,20 @@ class MivpgTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_trained(resume_from_checkpoint)  # raises where a weight is missing; Trainer would warn
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with _damaged(Path(checkpoint)):
+            for name in ("optimizer.*", "scheduler.pt"):
+                if not any(Path(checkpoint).glob(name)):  # Trainer would begin with a new one and say nothing
+                    raise FileNotFoundError(f"there is no {name} in it")
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Those of this process; with another number of processes than were saved, dropout goes on with new numbers."""
         if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
-            super()._load_rng_state(checkpoint)
+            with _damaged(Path(checkpoint or "")):
+                super()._load_rng_state(checkpoint)
         else:
             set_seed(self.args.seed + self.state.global_step)
 

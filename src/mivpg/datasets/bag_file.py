@@ -16,6 +16,7 @@ import csv
 import difflib
 import json
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,8 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     record["captions"] = [caption.strip() for caption in record["captions"].split("|")]
                 yield rows.line_num, record
         except (csv.Error, MivpgError) as error:
-            raise MivpgError(f"{path}, line {rows.line_num}: {error}") from None
+            hint = "; write such bags as JSON lines (.jsonl)" if "field limit" in str(error) else ""
+            raise MivpgError(f"{path}, line {rows.line_num}: {error}{hint}") from None
 
 
 def _check_fields(names: Iterable[str], known: tuple[str, ...]) -> None:
@@ -162,7 +164,7 @@ def _check_fields(names: Iterable[str], known: tuple[str, ...]) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected {', '.join(known)}; delete it."
-            raise MivpgError(f"unknown field {name!r}, {hint}")
+            raise MivpgError(f"unknown field {reprlib.repr(name)}, {hint}")
 
 
 def _sample(record: dict[str, Any], folder: Path, root: Path) -> Sample:
@@ -200,7 +202,7 @@ def _text(record: dict[str, Any], field: str) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):  # an id or a label that happens to be a number
         return str(value)
     if value is not None and not isinstance(value, str):
-        raise MivpgError(f"{field} is {value!r}, expected a text.")
+        raise MivpgError(f"{field} is {reprlib.repr(value)}, expected a text.")
     return value
 
 
@@ -209,7 +211,7 @@ def _texts(record: dict[str, Any], field: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise MivpgError(f"{field} is {value!r}, expected a list of texts.")
+        raise MivpgError(f"{field} is {reprlib.repr(value)}, expected a list of texts.")
     return tuple(value)
 
 
@@ -220,7 +222,7 @@ def _coords(record: dict[str, Any]) -> tuple[tuple[float, float], ...] | None:
     pairs = value if isinstance(value, list) else [value]
     for pair in pairs:
         if not isinstance(pair, list) or len(pair) != 2 or not all(_is_number(number) for number in pair):
-            raise MivpgError(f"coords is {value!r}, expected a list of [x, y].")
+            raise MivpgError(f"coords is {reprlib.repr(value)}, expected a list of [x, y].")
     return tuple((float(x), float(y)) for x, y in pairs)
 
 
@@ -235,7 +237,7 @@ def _split(record: dict[str, Any]) -> Split | None:
         if text == split:
             return split
     if text is not None:
-        raise MivpgError(f"split is {text!r}, expected {', '.join(SPLITS)}.")
+        raise MivpgError(f"split is {reprlib.repr(text)}, expected {', '.join(SPLITS)}.")
     return None
 
 
