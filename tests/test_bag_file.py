@@ -101,6 +101,14 @@ def test_what_windows_programs_write(tmp_path, name):
     assert (sample.id, sample.captions) == ("a", ("ein Stück",))
 
 
+@pytest.mark.parametrize("field", ["zz" * 9999, "id", "captions", "coords", "split"])
+def test_what_is_wrong_is_told_in_short(tmp_path, field):
+    (tmp_path / "bags.jsonl").write_text(json.dumps({"id": "a"} | {field: [{}] * 9999}))
+    with pytest.raises(MivpgError) as error:
+        load_bag_file(tmp_path / "bags.jsonl")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
+
+
 def test_a_line_separator_inside_a_caption_ends_no_line(tmp_path):
     path = tmp_path / "bags.jsonl"
     path.write_text(json.dumps({"id": "a", "captions": ["one\u2028two"]}, ensure_ascii=False), encoding="utf-8")
@@ -157,6 +165,7 @@ def test_bad_json_lines_get_one_line(tmp_path, content, says):
         ("images\n1.jpg\n", "line 2: no id"),
         ("id,images\na,1.jpg,2.jpg\n", "line 2: 3 columns, expected 2"),
         ("id,images\na\n", "line 2: 1 columns, expected 2"),
+        (f"id,images\na,{'1.jpg;' * 30_000}\n", r"line 2: field larger than .*; write such bags as JSON lines"),
         ("id,id\na,b\n", "line 1: a column occurs twice"),
         ('id,images\na,"1.jpg\n', "line 2: unexpected end of data"),
         ("id,images\n", "holds no bag"),

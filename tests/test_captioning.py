@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -525,6 +527,20 @@ def test_bags_whose_places_are_no_lattice_are_named_and_passed_over(tmp_path):
     assert "caption" in lines["good"] and "caption" in lines["also good"]
 
 
+def test_a_prompt_longer_than_the_language_model_takes_costs_its_bag(tmp_path):
+    folder = save_blip2(tmp_path / "blip2")  # an OPT of 256 places
+    model = MivpgForConditionalGeneration.from_pretrained(folder)
+    samples = write_samples(tmp_path, 3)
+    samples[1] = replace(samples[1], prompt="a photo " * 40)
+    counted = caption_file(
+        model, MivpgProcessor.from_pretrained(folder), samples, tmp_path / "out.jsonl", generation=GREEDY
+    )
+    assert counted == counts(3, num_failed=1)
+    lines = lines_of(tmp_path / "out.jsonl")
+    assert re.match(r"bag 'bag 1': a text of \d+ tokens, .* but the language model takes 256; ", lines[1]["error"])
+    assert all("caption" in lines[number] for number in (0, 2))
+
+
 def test_images_are_read_ahead_but_not_far(tmp_path):
     samples = write_samples(tmp_path, 30)
     opened = []
@@ -574,6 +590,12 @@ def test_batch_size_is_checked(tmp_path, batch_size):
 def test_generation_options_are_checked(field):
     with pytest.raises(MivpgError, match=f"{field} is 0, expected at least 1"):
         GenerationOptions(**{field: 0})
+
+
+def test_a_caption_has_room_for_its_shortest():
+    for shortest in (-1, 65):
+        with pytest.raises(MivpgError, match=f"min_new_tokens is {shortest}, expected 0 to max_new_tokens \\(64\\)"):
+            GenerationOptions(min_new_tokens=shortest)
 
 
 def test_generation_options_are_arguments_of_generate():

@@ -178,6 +178,8 @@ def test_no_better_than_a_floor_is_said(best, tmp_path):
 def test_cards_that_people_write_say_nothing_of_training(tmp_path, text):
     (tmp_path / CARD).write_text(text)
     assert read_training(tmp_path) is None
+    (tmp_path / CARD).write_text("---\n" + "- " * 3000 + "\n---\n")
+    assert read_training(tmp_path) is None
     assert read_training(tmp_path / "nothing") is None
 
 

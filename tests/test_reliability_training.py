@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -230,6 +231,11 @@ def test_a_damaged_checkpoint_is_named(config, tmp_path, monkeypatch, capsys):
     assert f"{checkpoint} is damaged (there is no optimizer.* in it)" in stopped(capsys, config, "--resume")
     shutil.rmtree(checkpoint)
     goes_on(config, tmp_path / "run")
+
+
+def test_a_prompt_that_is_too_long_names_the_bags(config, capsys):
+    line = stopped(capsys, config, "--prompt", "a photo " * 100)
+    assert re.match(r"mivpg: one of the bags bag\d+, .*: a text of \d+ tokens, .* but the language model takes ", line)
 
 
 def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):

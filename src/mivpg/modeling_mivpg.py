@@ -51,7 +51,7 @@ from mivpg.aggregators.named import make_aggregator
 from mivpg.aggregators.scoring import classification_loss
 from mivpg.checkpoints import CardMixin, CheckpointMixin, is_named
 from mivpg.configuration_mivpg import DEFAULT_TRAINABLE, Q_FORMERS, MivpgConfig, MivpgQFormerConfig
-from mivpg.errors import MivpgError
+from mivpg.errors import BagError, MivpgError
 from mivpg.layers import (
     INSTANCE_CORRELATIONS,
     AttentionPooling,
@@ -446,7 +446,6 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         image_embeds: Tensor,
         image_mask: Tensor | None = None,
         image_coords: Tensor | None = None,
-        **kwargs,
     ) -> VisualPrompts:
         """A bag as R vectors of the Q-Former's width, or what another aggregator makes of it.
 
@@ -465,19 +464,19 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         if self.aggregator is not None:
             return self.aggregator(self.get_pooled_images(image_embeds, image_mask), image_mask, image_coords)
         if self.config.aggregator == "qformer_per_image":
-            return self._prompts_per_image(image_embeds, image_mask, **kwargs)
-        return self._prompts_per_bag(image_embeds, image_mask, image_coords, **kwargs)
+            return self._prompts_per_image(image_embeds, image_mask)
+        return self._prompts_per_bag(image_embeds, image_mask, image_coords)
 
-    def _prompts_per_image(self, image_embeds: Tensor, image_mask: Tensor | None, **kwargs) -> VisualPrompts:
+    def _prompts_per_image(self, image_embeds: Tensor, image_mask: Tensor | None) -> VisualPrompts:
         """Each image as a bag of its own; what the Q-Former says of each, one after the other (LAVIS issue 318)."""
         if image_mask is None:
             image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
-        embeds = self._prompts_per_bag(gather_real(image_embeds, image_mask)[:, None], None, None, **kwargs).embeds
+        embeds = self._prompts_per_bag(gather_real(image_embeds, image_mask)[:, None], None, None).embeds
         mask = image_mask.repeat_interleave(embeds.shape[1], dim=1)
         return VisualPrompts(embeds=scatter_real(embeds, image_mask).flatten(1, 2), mask=mask)
 
     def _prompts_per_bag(
-        self, image_embeds: Tensor, image_mask: Tensor | None, image_coords: Tensor | None, **kwargs
+        self, image_embeds: Tensor, image_mask: Tensor | None, image_coords: Tensor | None
     ) -> VisualPrompts:
         """MIVPG: (B, R, H)."""
         assert self.qformer is not None and self.query_tokens is not None
@@ -492,7 +491,6 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
             encoder_attention_mask=instance_mask,
             grid=grid,
             return_dict=True,
-            **kwargs,
         ).last_hidden_state  # (B, R, H)
         return VisualPrompts(embeds=embeds, mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device))
 
@@ -607,6 +605,29 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         known_pad = pad if pad is not None and 0 <= pad < vocabulary else 0
         return input_ids.masked_fill(input_ids >= vocabulary, known_pad)
 
+    def check_length(self, num_tokens: int, max_new_tokens: int = 0) -> None:
+        """Checks that the language model has places for a text and its caption; on a GPU one too many ends the process.
+
+        Where places are learned, as in OPT and BART, there are so many; rotary ones go on.
+
+        Args:
+            num_tokens: Of the text, its visual prompts among them.
+            max_new_tokens: Of the caption.
+
+        Raises:
+            BagError: It has fewer.
+        """
+        config = self.config.text_config
+        limit = getattr(config, "max_position_embeddings", None)
+        if getattr(config, "rope_parameters", None) is not None:
+            limit = None
+        needed = max(num_tokens, max_new_tokens) if self.config.is_encoder_decoder else num_tokens + max_new_tokens
+        if limit is not None and needed > limit:
+            raise BagError(
+                f"a text of {num_tokens} tokens, visual prompts among them, and {max_new_tokens} for its caption, but "
+                f"the language model takes {limit}; shorten the prompt, or lower max_new_tokens."
+            )
+
     def prepare_inputs_embeds(
         self,
         input_ids: Tensor,
@@ -619,6 +640,7 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         """Text embeddings (B, T, E) whose image marks hold the visual prompts, and these prompts (B, R, E)."""
         if (pixel_values is None) == (image_embeds is None):
             raise MivpgError("Pass either pixel_values or image_embeds.")
+        self.check_length(input_ids.shape[1])
         if image_embeds is None:
             image_embeds = self.get_image_embeds(pixel_values, image_mask, interpolate_pos_encoding)
         found = self.get_visual_prompts(image_embeds, image_mask, image_coords)
@@ -671,6 +693,7 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
             **kwargs: For the language model.
 
         Raises:
+            BagError: The language model has no places for so long a text.
             MivpgError: Shapes or numbers of image marks that do not fit together; the message has both.
         """
         inputs_embeds, prompts = self.prepare_inputs_embeds(
@@ -734,7 +757,12 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         Returns:
             Token ids; those of a decoder-only model begin with the prompt, whose image marks are the pad token where
             the model does not know them.
+
+        Raises:
+            BagError: The language model has no places for a text and `max_new_tokens`.
+            MivpgError: As `forward`.
         """
+        self.check_length(input_ids.shape[1], generate_kwargs.get("max_new_tokens") or 0)
         inputs_embeds, _ = self.prepare_inputs_embeds(
             input_ids, pixel_values, image_embeds, image_mask, image_coords, interpolate_pos_encoding
         )
@@ -855,7 +883,6 @@ class MivpgForBagClassification(CardMixin, MivpgVisualPromptModel):
         image_mask: Tensor | None = None,
         image_coords: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs,
     ) -> BagClassificationOutput:
         """Scores of bags.
 
@@ -865,7 +892,6 @@ class MivpgForBagClassification(CardMixin, MivpgVisualPromptModel):
             image_mask: (B, N), 1 = real; padding stands at the end of a bag.
             image_coords: (B, N, 2), x and y of each image where they are known.
             labels: (B,), integers from 0 to C - 1.
-            **kwargs: For the Q-Former.
 
         Raises:
             MivpgError: Shapes that do not fit together; the message has both.
@@ -879,7 +905,7 @@ class MivpgForBagClassification(CardMixin, MivpgVisualPromptModel):
             scores: BagScores = self.aggregator(images, image_mask, image_coords, labels)
             return BagClassificationOutput(scores.loss, scores.logits, scores.instance_scores)
         assert self.classifier is not None
-        found = self.get_visual_prompts(image_embeds, image_mask, image_coords, **kwargs)
+        found = self.get_visual_prompts(image_embeds, image_mask, image_coords)
         mask = found.mask[..., None].to(found.embeds.dtype)  # (B, T, 1)
         logits = self.classifier((found.embeds * mask).sum(dim=1) / mask.sum(dim=1))
         loss = None if labels is None else classification_loss(logits, labels)

@@ -660,6 +660,13 @@ class MivpgTrainer(Trainer):
             )
         return grad_norm
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; names the bags where the model cannot read one."""
+        try:
+            return super().compute_loss(*args, **kwargs)
+        except BagError as error:
+            raise BagError(f"one of the bags {self._bags_of_step()}: {error}") from None
+
     def _bags_of_step(self) -> str:
         """Ids of the bags of the step that is being made, eight at most."""
         step = self.state.global_step % math.ceil(len(self.sampler) / self.sampler.block)
