@@ -415,16 +415,19 @@ def test_a_bad_name_is_one_bad_bag(tmp_path):
             BagDataset(samples)[number]
 
 
-def test_a_pickle_that_says_it_has_millions_of_objects(tmp_path):
-    """Of 12 bytes; the unpickler in C made room for all of them."""
+@pytest.mark.parametrize("number", [2**24, 2**32 - 1])
+@pytest.mark.parametrize(
+    ("code", "num_bytes"), [("}r", 4), ("X", 4), ("\x8b", 4), ("\x8d", 8), ("\x8e", 8), ("\x95", 8), ("\x96", 8)]
+)
+def test_a_pickle_that_says_it_has_millions_of_objects(tmp_path, code, num_bytes, number):
+    """Of 12 bytes; the unpickler in C made room for all of them, and the one in Python for texts and bytes."""
     file = READERS["written.pkl"].write(tmp_path / "written.pkl")
-    for number in (2**24, 2**32 - 1):
-        file.write_bytes(b"\x80\x02}r" + number.to_bytes(4, "little") + b".")
-        tracemalloc.start()
-        with pytest.raises(MivpgError, match=r"written\.pkl"):
-            READERS["written.pkl"].read(file)
-        assert tracemalloc.get_traced_memory()[1] < 2**24
-        tracemalloc.stop()
+    file.write_bytes(b"\x80\x02" + code.encode("latin-1") + number.to_bytes(num_bytes, "little") + b".")
+    tracemalloc.start()
+    with pytest.raises(MivpgError, match=r"written\.pkl"):
+        READERS["written.pkl"].read(file)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_an_archive_of_several_disks(tmp_path):

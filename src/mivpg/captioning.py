@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -283,52 +284,69 @@ def caption_file(
             deletes it then; a run that finds both captions none of these bags again.
 
     Raises:
-        MivpgError: `out` exists, two samples have one id, or its partial file belongs to other samples, was written
-            otherwise, or does not say how: an earlier version noted less about the model.
+        MivpgError: `out` exists, another run is writing it, two samples have one id, or its partial file belongs to
+            other samples, was written otherwise, or does not say how: an earlier version noted less about the model.
         BagError: A bag cannot be read and `strict` is set.
     """
     check_batch_size(batch_size)
     partial, author_file = out.with_name(out.name + ".partial"), notes_of(out)
-    if out.exists() and not (keep_notes and author_file.exists()):
-        raise MivpgError(f"{out} exists already; delete it or choose another name.")
     if twice := [bag_id for bag_id, number in Counter(sample.id for sample in samples).items() if number > 1]:
         raise MivpgError(f"samples: several bags have the id {twice[0]!r}, expected an id of its own for each bag.")
-    author = _author(model, prompt, generation)
-    if (begun := out if out.exists() else partial).exists():
-        _check_author(begun, author_file, author)
-        begun.rename(partial)
-    kept = _resume(partial, samples, batch_size, strict)
-    num_resumed, num_failed = len(kept), sum(kept.values())
-    if num_resumed:
-        logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
-    write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
+    with _only_writer(partial):
+        if out.exists() and not (keep_notes and author_file.exists()):
+            raise MivpgError(f"{out} exists already; delete it or choose another name.")
+        author = _author(model, prompt, generation)
+        if (begun := out if out.exists() else partial).exists():
+            _check_author(begun, author_file, author)
+            begun.rename(partial)
+        kept = _resume(partial, samples, batch_size, strict)
+        num_resumed, num_failed = len(kept), sum(kept.values())
+        if num_resumed:
+            logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
+        write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
 
-    by_size = sorted(samples, key=size_to_sort_by, reverse=True)
-    by_size.sort(key=lambda sample: sample.id not in kept)  # those that are done stand first
-    results = caption_samples(
-        model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
-    )
-    with partial.open("ab") as file, closing(results):
-        for num_done, (bag_id, result) in enumerate(results, start=num_resumed + 1):
-            if isinstance(result, BagError):
-                if strict:
-                    raise result
-                logger.warning("%s", result)
-                num_failed += 1
-                record = {"id": bag_id, "error": str(result)}
-            else:
-                record = {"id": bag_id, "caption": result}
-            # surrogatepass: an id may hold half a pair, and has to be found again
-            file.write(json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
-            if num_done % batch_size == 0 or num_done == len(samples):
-                file.flush()
-                os.fsync(file.fileno())
-    lines = {read_record(line)["id"]: line + b"\n" for line in _whole_lines(partial)}
-    write_whole(partial, b"".join(lines[sample.id] for sample in samples))
-    partial.rename(out)
-    if not keep_notes:
-        author_file.unlink()
+        by_size = sorted(samples, key=size_to_sort_by, reverse=True)
+        by_size.sort(key=lambda sample: sample.id not in kept)  # those that are done stand first
+        results = caption_samples(
+            model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
+        )
+        with partial.open("ab") as file, closing(results):
+            for num_done, (bag_id, result) in enumerate(results, start=num_resumed + 1):
+                if isinstance(result, BagError):
+                    if strict:
+                        raise result
+                    logger.warning("%s", result)
+                    num_failed += 1
+                    record = {"id": bag_id, "error": str(result)}
+                else:
+                    record = {"id": bag_id, "caption": result}
+                # surrogatepass: an id may hold half a pair, and has to be found again
+                file.write(json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+                if num_done % batch_size == 0 or num_done == len(samples):
+                    file.flush()
+                    os.fsync(file.fileno())
+        lines = {read_record(line)["id"]: line + b"\n" for line in _whole_lines(partial)}
+        write_whole(partial, b"".join(lines[sample.id] for sample in samples))
+        partial.rename(out)
+        if not keep_notes:
+            author_file.unlink()
     return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
+
+
+@contextmanager
+def _only_writer(partial: Path) -> Iterator[None]:
+    """Keeps other runs from writing the same captions; a run that is killed lets go of them."""
+    lock = FileLock(partial.with_name(partial.name + ".lock"), blocking=False)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MivpgError(f"{partial} is being written by another run; wait for it, or choose another name.") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink()
+        lock.release()
 
 
 def notes_of(out: Path) -> Path:

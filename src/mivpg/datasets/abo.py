@@ -10,6 +10,7 @@ which are read without running any code in them. A product without captions is l
 """
 
 import csv
+import io
 import json
 import logging
 import pickle
@@ -211,8 +212,8 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
 def _read_pickle(path: Path) -> Any:
     check_is_file(path, "captions")
     try:
-        with path.open("rb") as file:
-            return _DataUnpickler(path, file).load()
+        # In memory it has as many bytes as it has; of a file, `read` makes room for as many as are asked for.
+        return _DataUnpickler(path, io.BytesIO(path.read_bytes())).load()
     except MivpgError:  # already one of ours, which are ValueErrors, too
         raise
     except OSError as error:
@@ -226,6 +227,11 @@ class _DataUnpickler(pickle._Unpickler):
 
     It is Python's own in Python, since the one in C makes room for as many objects as a pickle says that it has.
     """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != ord(pickle.BYTEARRAY8)
+    }
+    """Less the one that makes room for as many bytes as a pickle says that follow."""
 
     ALLOWED: ClassVar[dict[tuple[str, str], type]] = {
         ("collections", "defaultdict"): defaultdict,
