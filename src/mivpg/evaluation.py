@@ -23,7 +23,6 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
-from scipy.stats import bootstrap
 
 from mivpg.errors import MivpgError
 
@@ -247,6 +246,8 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0) -> dict[str, f
     Returns:
         `mean`, `low` and `high`.
     """
+    from scipy.stats import bootstrap  # takes as long to import as transformers
+
     if len(set(values)) <= 1:  # the bootstrap of a constant is that constant
         return dict.fromkeys(("mean", "low", "high"), float(values[0]))
     generator = np.random.default_rng(seed)

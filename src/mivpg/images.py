@@ -20,6 +20,10 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF"
 MAX_PIXELS = 178_000_000
 """Larger pictures are refused before they are decoded: a file of a few bytes can ask for all memory there is."""
 
+SMALL_PIXELS, MAX_PIXELS_A_BYTE = 25_000_000, 2_000
+"""Of more pixels than the first, a byte may hold so many. A white photo is 60 to 1,300 of them a byte; what packs tighter
+is blank or made to fill the memory: 330 bytes of WebP can take 3 GB."""
+
 # Pillow warns at half of our limit, for every such file. Set once, because `catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -78,6 +82,11 @@ def _check(path: Path, image: Image.Image) -> None:
         raise BagError(f"{path} is {image.width} x {image.height} pixels, expected at least one.")
     if image.width * image.height > MAX_PIXELS:
         raise BagError(f"{path} is {image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed.")
+    if image.width * image.height > max(SMALL_PIXELS, MAX_PIXELS_A_BYTE * (num_bytes := path.stat().st_size)):
+        raise BagError(
+            f"{path} is {num_bytes} bytes and {image.width} x {image.height} pixels, at most {SMALL_PIXELS} or "
+            f"{MAX_PIXELS_A_BYTE} a byte are read; make it smaller if it is a picture."
+        )
     if getattr(image, "is_animated", False) and not _has_warned_of_frames:  # only some formats define it
         _has_warned_of_frames = True
         logger.warning("%s holds several frames; of such files the first is used.", path)
