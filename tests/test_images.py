@@ -195,13 +195,17 @@ def test_a_few_bytes_that_ask_for_much_memory_are_refused_undecoded(tmp_path, mo
         white.save(tmp_path / f"white.{suffix}")
         assert open_image(tmp_path / f"white.{suffix}").size == (2_000, 1_000)
     white.save(tmp_path / "white.webp", lossless=True)
-    with pytest.raises(BagError, match=r"white\.webp is \d+ bytes and 2000 x 1000 pixels, at most 1000 or 2000 a byte "):
+    with pytest.raises(
+        BagError, match=r"white\.webp is \d+ bytes and 2000 x 1000 pixels, at most 1000 or 2000 a byte "
+    ):
         open_image(tmp_path / "white.webp")
 
 
 def test_large_but_allowed_pictures_are_quiet(tmp_path):
     """In a process of its own, as pytest has its own filters of warnings."""
-    Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png", compress_level=0)  # above half of the limit, where Pillow warns
+    Image.new("1", (9_500, 9_500)).save(
+        tmp_path / "large.png", compress_level=0
+    )  # above half of the limit, where Pillow warns
     code = "import sys, pathlib, mivpg.images as i; print(i.open_image(pathlib.Path(sys.argv[1])).size)"
     result = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("(9500, 9500)", "")
