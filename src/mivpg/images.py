@@ -21,8 +21,8 @@ MAX_PIXELS = 178_000_000
 """Larger pictures are refused before they are decoded: a file of a few bytes can ask for all memory there is."""
 
 SMALL_PIXELS, MAX_PIXELS_A_BYTE = 25_000_000, 2_000
-"""Of more pixels than the first, a byte may hold so many. A white photo has 60 to 1,300 a byte; what packs tighter is blank
-or made to fill the memory: 330 bytes of WebP can take 3 GB."""
+"""Of more pixels than the first, a byte may hold so many. A white photo has 60 to 1,300 a byte; what packs tighter is
+blank or made to fill the memory: 330 bytes of WebP can take 3 GB."""
 
 # Pillow warns at half of our limit, for every such file. Set once, because `catch_warnings` is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
