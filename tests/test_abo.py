@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mivpg.bags import BagDataset, check_bags, select
-from mivpg.datasets import AboConfig, DatasetConfig
+from mivpg.datasets import AboConfig, DatasetConfig, abo
 from mivpg.errors import MivpgError
 
 ABO = Path(__file__).resolve().parents[2] / "shared" / "data" / "abo"
@@ -258,6 +258,16 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_may_hold_tuples_but_not_as_names(tmp_path, shop):
+    """Forty tuples, each twice in the next, would take years to hash."""
+    file = tmp_path / "captions.pkl"
+    file.write_bytes(pickle.dumps({"B1": ("a sofa", "a couch"), "B2": ("a lamp",), "B3": ("a", "b", "c"), "B4": ()}))
+    assert abo._read_pickle(file) == {"B1": ["a sofa", "a couch"], "B2": ["a lamp"], "B3": ["a", "b", "c"], "B4": []}
+    file.write_bytes(b"\x80\x02}K\x01" + b"2\x86" * 40 + b"K\x01s.")
+    with pytest.raises(MivpgError, match=r"captions\.pkl is no pickle of plain data: unhashable type: 'list'"):
+        abo._read_pickle(file)
 
 
 def test_a_pickle_runs_nothing(shop):

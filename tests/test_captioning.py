@@ -242,7 +242,7 @@ def test_a_second_run_leaves_the_file_to_the_first(tmp_path):
 
     class Model(FakeModel):
         def generate(self, **inputs):
-            with pytest.raises(MivpgError, match=r"out\.jsonl\.partial is being written by another run; wait for it"):
+            with pytest.raises(MivpgError, match=r"out\.jsonl is being written by another run; wait for it"):
                 write_captions(samples, tmp_path / "out.jsonl")
             return super().generate(**inputs)
 
@@ -384,7 +384,7 @@ def test_partial_file_by_nobody_knows_whom(tmp_path):
     for content in (b"", b'{"prompt": "a pho', None):
         author = tmp_path / "out.jsonl.partial.json"
         author.unlink() if content is None else author.write_bytes(content)
-        with pytest.raises(MivpgError, match="was begun with an unknown prompt, which "):
+        with pytest.raises(MivpgError, match="was begun with an unknown data, which "):
             write_captions(samples, tmp_path / "out.jsonl")
 
 
@@ -552,7 +552,7 @@ def test_a_prompt_longer_than_the_language_model_takes_costs_its_bag(tmp_path):
     )
     assert counted == counts(3, num_failed=1)
     lines = lines_of(tmp_path / "out.jsonl")
-    assert re.match(r"bag 'bag 1': a text of \d+ tokens, .* but the language model takes 256; ", lines[1]["error"])
+    assert re.match(r"bag 'bag 1': \d+ tokens, .* but the language model has places for 256; ", lines[1]["error"])
     assert all("caption" in lines[number] for number in (0, 2))
 
 

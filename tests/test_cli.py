@@ -408,6 +408,8 @@ def test_an_evaluation_that_stopped_after_captioning_goes_on(world, trained, tmp
     assert captions.exists() and not metrics.exists()
     line = refusal(tmp_path, *command, "--out", metrics, "--validation.min-new-tokens", 2)
     assert f"{captions} was begun with min_new_tokens = " in line
+    line = refusal(tmp_path, *command, "--out", metrics, "--split", "val")
+    assert f"{captions} was begun with data = '2 bags, sha256 " in line and "and '1 bags, sha256 " in line
     with monkeypatch.context() as patch:
         patch.setattr(MivpgForConditionalGeneration, "generate", None)
         done(*command, "--out", metrics)

@@ -5,10 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, Lfm2Config, MistralConfig
+from transformers import DynamicCache, GenerationConfig, Lfm2Config, MistralConfig, XGLMConfig
 
 from families import LANGUAGE, language_config
 from mivpg import MivpgForConditionalGeneration
+from mivpg.errors import BagError
 from tiny import IMAGE_TOKEN_ID, NUM_QUERIES, random_bags, tiny_config, tiny_model
 
 DECODERS = [name for name in LANGUAGE if name not in ("t5", "bart")]
@@ -148,3 +149,37 @@ def test_what_is_written_depends_on_where_the_images_stand() -> None:
     torch.testing.assert_close(found, model(**inputs).logits[:, -1], atol=1e-5, rtol=0)
     without = model.generate(**inputs | {"image_coords": None}, **options).logits[0]
     assert (found - without).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "most"), [("opt", 16 - 8 + 1), ("gpt2", 16 - 8 + 1), ("bart", 16)])
+def test_where_places_are_learned_a_text_and_its_caption_have_to_have_one_each(kind, most) -> None:
+    """Of 16, for a text of 8 tokens; one more is refused, and fails where it is not."""
+    places = {"n_positions" if kind == "gpt2" else "max_position_embeddings": 16}
+    model = tiny_model(tiny_config(text_config=language_config(kind, **places)))
+    assert model.num_positions == 16
+    embeds, mask = random_bags((3,))
+    ids = torch.tensor([[*[IMAGE_TOKEN_ID] * NUM_QUERIES, *range(5, 13 - NUM_QUERIES)]])
+    inputs = {"input_ids": ids, "image_embeds": embeds, "image_mask": mask}
+    caption = model.generate(**inputs, max_new_tokens=most, min_new_tokens=most)
+    assert caption.shape[1] == (most + 1 if kind == "bart" else 8 + most)
+    with pytest.raises(BagError, match=f"8 tokens, .* and {most + 1} for a caption, but .* has places for 16; "):
+        model.generate(**inputs, max_new_tokens=most + 1)
+    if kind == "bart":
+        with pytest.raises(BagError, match=r"8 tokens, .* and 17 for a caption"):
+            model(**inputs, labels=torch.full((1, 17), 5))
+    else:
+        with pytest.raises(BagError, match=r"17 tokens, .* but the language model has places for 16"):
+            model(**inputs | {"input_ids": torch.cat([ids, torch.full((1, 9), 5)], dim=1)})
+    model.num_positions = None
+    with pytest.raises(IndexError):
+        model.generate(**inputs, max_new_tokens=most + 1, min_new_tokens=most + 1)
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama", "xglm"])
+def test_other_language_models_go_on(kind) -> None:
+    """XGLM's sinusoids grow with the text, whatever its configuration says."""
+    if kind == "xglm":
+        config = XGLMConfig(vocab_size=259, d_model=32, ffn_dim=48, num_layers=1, attention_heads=4, pad_token_id=PAD)
+    else:
+        config = language_config(kind)
+    assert tiny_model(tiny_config(text_config=config)).num_positions is None

@@ -1,17 +1,19 @@
 """What stops a run, through `mivpg train`: one line, exit code 1, and the last good checkpoint in its place."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -213,29 +215,96 @@ def test_a_damaged_file_of_a_run_is_named(config, tmp_path, capsys, name):
     assert stopped(capsys, config, "--resume").startswith(f"mivpg: {file} is damaged (")
 
 
-def test_a_damaged_checkpoint_is_named(config, tmp_path, monkeypatch, capsys):
-    """Whichever of its files is damaged, and where one is missing; the one before it is still good."""
-    checkpoint = tmp_path / "run" / "checkpoint-6"
-    with monkeypatch.context() as patch:
-        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(SystemExit):
-            main(["train", str(config)])
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+@pytest.fixture(scope="module")
+def stopped_run(world, tmp_path_factory) -> Path:
+    """A run of nine steps that was stopped before its eighth, with checkpoints after the third and the sixth."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 7, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(tiny_train_config(world, output_dir=run_dir, dropout=0.1, num_train_epochs=3))
+    assert checkpoints(run_dir) == [3, 6]
+    return run_dir
+
+
+def middle_of_an_entry(file: Path) -> int:
+    """Where a byte of an archive lies that is no padding."""
+    with zipfile.ZipFile(file) as archive:
+        entry = max(archive.infolist(), key=lambda info: info.file_size)
+        content = archive.read(entry)
+    return file.read_bytes().index(content) + len(content) // 2
+
+
+def test_a_damaged_checkpoint_is_named(config, stopped_run, tmp_path, capsys):
+    """Whichever of its files is damaged or missing; the checkpoint before it is still good."""
+    checkpoint = shutil.copytree(stopped_run, tmp_path / "run") / "checkpoint-6"
+    for name, pattern in (
+        ("optimizer.pt", "optimizer.*"),
+        ("scheduler.pt", "scheduler.pt"),
+        ("rng_state.pth", "rng_state*.pth"),
+    ):
         whole = (checkpoint / name).read_bytes()
-        for damage in (whole[: len(whole) // 2], b"", b"\x80\x04not a pickle"):
+        flipped = bytearray(whole)
+        flipped[middle_of_an_entry(checkpoint / name)] ^= 1
+        for damage in (whole[: len(whole) // 2], b"", b"\x80\x04not a pickle", bytes(flipped)):
             (checkpoint / name).write_bytes(damage)
-            capsys.readouterr()
             assert stopped(capsys, config, "--resume").startswith(f"mivpg: {checkpoint} is damaged ("), (name, damage)
+        (checkpoint / name).unlink()
+        assert f"{checkpoint} is damaged (there is no {pattern} in it)" in stopped(capsys, config, "--resume")
         (checkpoint / name).write_bytes(whole)
-    (checkpoint / "optimizer.pt").unlink()
-    assert f"{checkpoint} is damaged (there is no optimizer.* in it)" in stopped(capsys, config, "--resume")
+    torch.save({"another": "optimizer"}, checkpoint / "optimizer.pt")
+    assert stopped(capsys, config, "--resume").startswith(f"mivpg: {checkpoint} is damaged (")
     shutil.rmtree(checkpoint)
     goes_on(config, tmp_path / "run")
 
 
-def test_a_prompt_that_is_too_long_names_the_bags(config, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        PermissionError(13, "Permission denied"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_checkpoint_for_which_there_is_no_memory_is_not_called_damaged(world, stopped_run, monkeypatch, error):
+    """Nobody is told to delete it."""
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training.zipfile, "ZipFile", load)
+    with pytest.raises(type(error)) as raised:
+        training.train(tiny_train_config(world, output_dir=stopped_run, dropout=0.1, num_train_epochs=3), resume=True)
+    assert raised.value is error
+
+
+def test_texts_that_are_too_long_name_their_bags(world, config, tmp_path, capsys):
+    """Before training where no caption would have room, in a step with its bags, and in validation as one bad bag."""
     line = stopped(capsys, config, "--prompt", "a photo " * 100)
-    assert re.match(r"mivpg: one of the bags bag\d+, .*: a text of \d+ tokens, .* but the language model takes ", line)
+    assert re.match(r"mivpg: \d+ tokens, .* and 8 for a caption, but the language model has places for 64; ", line)
+    data = shutil.copytree(world, tmp_path / "data")
+    bags = [json.loads(bag) for bag in (data / "bags.jsonl").read_text().splitlines()]
+    command = [config, "--dataset.bag-file.path", data / "bags.jsonl"]
+
+    def give(number: int, **fields: str) -> None:
+        changed = [bag | fields if index == number else bag for index, bag in enumerate(bags)]
+        (data / "bags.jsonl").write_text("".join(json.dumps(bag) + "\n" for bag in changed))
+
+    give(2, prompt="a photo " * 100)
+    line = stopped(capsys, *command, "--output-dir", tmp_path / "train")
+    assert re.match(
+        r"mivpg: one of the bags .*bag2\b.*: \d+ tokens, .* but the language model has places for 64; ", line
+    )
+    give(23, prompt="a photo " * 100)
+    main(["train", *map(str, command), "--output-dir", str(tmp_path / "val")])
+    said = capsys.readouterr().out
+    assert said.count("bag 'bag23': ") == said.count("It counts as an empty caption.") == 3
+    assert len(logged(tmp_path / "val", "eval_CIDEr")) == 3
 
 
 def test_a_loss_that_is_no_number_names_its_bags(config, tmp_path, monkeypatch, capsys):

@@ -9,22 +9,22 @@ import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from mivpg.bags import Bag, BagCollator, BagDataset, Sample, size_to_sort_by
 from mivpg.errors import BagError, MivpgError
-from mivpg.files import write_whole
+from mivpg.files import only_writer, write_whole
 
 if TYPE_CHECKING:
     from mivpg.modeling_mivpg import MivpgForConditionalGeneration
@@ -185,7 +185,7 @@ def caption_samples(
         while batch:
             following = collator.submit(next_batch)
             readable = [bag for _, bag in batch if isinstance(bag, Bag)]
-            results = iter(_caption_batch(model, processor, readable, inputs, generation))
+            results = iter(caption_each(model, processor, readable, generation, inputs=inputs))
             for bag_id, bag in batch:
                 yield bag_id, next(results) if isinstance(bag, Bag) else bag
                 progress.update()
@@ -228,17 +228,28 @@ def _collated(
         return error
 
 
-def _caption_batch(
+def caption_each(
     model: "MivpgForConditionalGeneration",
     processor: "MivpgProcessor",
     bags: list[Bag],
-    inputs: Mapping[str, Tensor] | BagError,
     generation: GenerationOptions,
+    *,
+    inputs: Mapping[str, Tensor] | BagError | None = None,
 ) -> list[str | BagError]:
-    """A caption for each bag; bags that do not fit together are captioned one by one."""
+    """A caption for each bag, or what is wrong with it; bags that do not fit together are captioned one by one.
+
+    Args:
+        model: As in `caption_bags`.
+        processor: The model's.
+        bags: Any number.
+        generation: How captions are written.
+        inputs: What the processor made of these bags, or why they make no batch; None = make it now.
+    """
     if not bags:
         return []
     try:
+        if inputs is None:
+            inputs = _collate(model, processor, bags)
         if isinstance(inputs, BagError):
             raise inputs
         return [*_write(model, processor, inputs, **generation.as_kwargs())]
@@ -246,8 +257,7 @@ def _caption_batch(
         if len(bags) == 1:
             named = f"bag {bags[0].id!r}: "
             return [error if str(error).startswith(named) else BagError(f"{named}{error}")]
-        alone = ([bag] for bag in bags)
-        return [_caption_batch(model, processor, bag, _collated(model, processor, bag), generation)[0] for bag in alone]
+        return [caption_each(model, processor, [bag], generation)[0] for bag in bags]
 
 
 def caption_file(
@@ -275,13 +285,13 @@ def caption_file(
         model: As in `caption_bags`.
         processor: The model's.
         samples: What to caption, each with an id of its own.
-        out: The file to write; it must not exist, but where `keep_notes` left it.
+        out: The file to write; it must not exist.
         generation: How captions are written.
         prompt: Precedes the caption of samples without a prompt of their own.
         batch_size: Bags captioned at once.
         strict: Whether to stop at the first bag that cannot be read; what was done before it is kept.
-        keep_notes: Leave `<out>.partial.json` in its place, for a caller that has more to do with the captions and
-            deletes it then; a run that finds both captions none of these bags again.
+        keep_notes: For a caller that has more to do with the captions: `<out>.partial.json` stays until it deletes it,
+            and where both files are there already, nothing is captioned again.
 
     Raises:
         MivpgError: `out` exists, another run is writing it, two samples have one id, or its partial file belongs to
@@ -289,68 +299,62 @@ def caption_file(
         BagError: A bag cannot be read and `strict` is set.
     """
     check_batch_size(batch_size)
-    partial, author_file = out.with_name(out.name + ".partial"), notes_of(out)
     if twice := [bag_id for bag_id, number in Counter(sample.id for sample in samples).items() if number > 1]:
         raise MivpgError(f"samples: several bags have the id {twice[0]!r}, expected an id of its own for each bag.")
-    with _only_writer(partial):
-        if out.exists() and not (keep_notes and author_file.exists()):
+    partial, notes_file = out.with_name(out.name + ".partial"), notes_of(out)
+    with only_writer(out):
+        if out.exists() and not (keep_notes and notes_file.exists()):
             raise MivpgError(f"{out} exists already; delete it or choose another name.")
-        author = _author(model, prompt, generation)
-        if (begun := out if out.exists() else partial).exists():
-            _check_author(begun, author_file, author)
+        begun = out if out.exists() else partial
+        notes = _notes(model, samples, prompt, generation)
+        kept: dict[str, bool] = {}
+        if begun.exists():
+            _check_notes(begun, notes_file, notes)
+            kept = _resume(begun, samples, batch_size, strict)
             begun.rename(partial)
-        kept = _resume(partial, samples, batch_size, strict)
-        num_resumed, num_failed = len(kept), sum(kept.values())
-        if num_resumed:
-            logger.info("%s: going on after %d of %d bags.", partial, num_resumed, len(samples))
-        write_whole(author_file, json.dumps(author))  # before the first caption, so that there is none without it
+        if kept:
+            logger.info("%s: going on after %d of %d bags.", partial, len(kept), len(samples))
+        write_whole(notes_file, json.dumps(notes))  # before the first caption, so that there is none without it
 
         by_size = sorted(samples, key=size_to_sort_by, reverse=True)
         by_size.sort(key=lambda sample: sample.id not in kept)  # those that are done stand first
         results = caption_samples(
-            model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=num_resumed
+            model, processor, by_size, generation=generation, prompt=prompt, batch_size=batch_size, start=len(kept)
         )
         with partial.open("ab") as file, closing(results):
-            for num_done, (bag_id, result) in enumerate(results, start=num_resumed + 1):
-                if isinstance(result, BagError):
-                    if strict:
-                        raise result
-                    logger.warning("%s", result)
-                    num_failed += 1
-                    record = {"id": bag_id, "error": str(result)}
-                else:
-                    record = {"id": bag_id, "caption": result}
-                # surrogatepass: an id may hold half a pair, and has to be found again
-                file.write(json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
-                if num_done % batch_size == 0 or num_done == len(samples):
-                    file.flush()
-                    os.fsync(file.fileno())
+            num_failed = _append(file, results, batch_size, strict) + sum(kept.values())
         lines = {read_record(line)["id"]: line + b"\n" for line in _whole_lines(partial)}
         write_whole(partial, b"".join(lines[sample.id] for sample in samples))
         partial.rename(out)
         if not keep_notes:
-            author_file.unlink()
-    return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=num_resumed)
+            notes_file.unlink()
+    return CaptionCounts(num_bags=len(samples), num_failed=num_failed, num_resumed=len(kept))
 
 
-@contextmanager
-def _only_writer(partial: Path) -> Iterator[None]:
-    """Keeps other runs from writing the same captions; a run that is killed lets go of them."""
-    lock = FileLock(partial.with_name(partial.name + ".lock"), blocking=False)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise MivpgError(f"{partial} is being written by another run; wait for it, or choose another name.") from None
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink()
-        lock.release()
+def _append(file: BinaryIO, results: Iterable[tuple[str, str | BagError]], batch_size: int, strict: bool) -> int:
+    """Writes a line a bag, brought to the disk batch by batch, and counts the bags that failed."""
+    num_failed = 0
+    for number, (bag_id, result) in enumerate(results, start=1):
+        if isinstance(result, BagError):
+            if strict:
+                raise result
+            logger.warning("%s", result)
+            num_failed += 1
+            record = {"id": bag_id, "error": str(result)}
+        else:
+            record = {"id": bag_id, "caption": result}
+        # surrogatepass: an id may hold half a pair, and has to be found again
+        file.write(json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass") + b"\n")
+        if number % batch_size == 0:
+            file.flush()
+            os.fsync(file.fileno())
+    file.flush()
+    os.fsync(file.fileno())
+    return num_failed
 
 
 def notes_of(out: Path) -> Path:
-    """Where it stands, while a file of captions is written, what writes them."""
+    """The file beside a file of captions that notes what writes it, and of which bags."""
     return out.with_name(out.name + ".partial.json")
 
 
@@ -366,10 +370,17 @@ def _whole_lines(partial: Path) -> list[bytes]:
     return partial.read_bytes().split(b"\n")[:-1]
 
 
-def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: GenerationOptions) -> dict[str, Any]:
-    """What decides, beside a bag, what its caption is."""
+def _notes(
+    model: "MivpgForConditionalGeneration", samples: Sequence[Sample], prompt: str, generation: GenerationOptions
+) -> dict[str, Any]:
+    """What decides what the captions are; of the bags, which they are and what they are made of."""
     config, qformer = model.config, model.config.qformer_config
-    author = {
+    bags = sha256()
+    made_of = (repr(replace(sample, captions=(), label=None, group=None, split=None)) for sample in samples)
+    for bag in sorted(made_of):
+        bags.update(bag.encode(errors="surrogatepass"))
+    notes = {
+        "data": f"{len(samples)} bags, sha256 {bags.hexdigest()[:16]}",
         "prompt": prompt,
         **generation.as_kwargs(),
         "base": config.base,
@@ -378,21 +389,23 @@ def _author(model: "MivpgForConditionalGeneration", prompt: str, generation: Gen
         **{name: getattr(config, name) for name in MODEL_OPTIONS},
         **{name: getattr(qformer, name) for name in qformer.options()},
     }
-    return json.loads(json.dumps(author))  # as it is read back: a tuple comes back as a list
+    return json.loads(json.dumps(notes))  # as it is read back: a tuple comes back as a list
 
 
-def _check_author(partial: Path, author_file: Path, author: dict[str, Any]) -> None:
-    """Raises where going on with a partial file would mix captions of two kinds in it."""
-    begun = read_record(author_file.read_bytes()) if author_file.exists() else {}
+def _check_notes(captions: Path, notes_file: Path, notes: dict[str, Any]) -> None:
+    """Raises where going on with captions would mix those of two kinds in a file."""
+    begun = read_record(notes_file.read_bytes()) if notes_file.exists() else {}
     remedy = "delete it to start anew, or choose another name for the captions."
-    for name, value in author.items():
+    for name, value in notes.items():
         if name not in begun:
             raise MivpgError(
-                f"{partial} was begun with an unknown {name}, which {author_file} does not tell (earlier versions "
+                f"{captions} was begun with an unknown {name}, which {notes_file} does not tell (earlier versions "
                 f"noted less): {remedy}"
             )
         if begun[name] != value:
-            raise MivpgError(f"{partial} was begun with {name} = {begun[name]!r}, and {value!r} is asked for: {remedy}")
+            raise MivpgError(
+                f"{captions} was begun with {name} = {begun[name]!r}, and {value!r} is asked for: {remedy}"
+            )
 
 
 def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: bool) -> dict[str, bool]:
@@ -404,8 +417,6 @@ def _resume(partial: Path, samples: Sequence[Sample], batch_size: int, strict: b
     Raises:
         MivpgError: A line is not that of a sample, or of one that has a line already.
     """
-    if not partial.exists():
-        return {}
     lines = _whole_lines(partial)
     missing = {sample.id for sample in samples}
     failed: dict[str, bool] = {}

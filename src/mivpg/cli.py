@@ -456,7 +456,7 @@ def evaluate(*arguments: Annotated[str, Parameter(allow_leading_hyphen=True, sho
             model: A run's `best` folder, a whole model, a BLIP-2 folder, or a Hub id.
             dataset: As in the YAML file of the training run, which may be given first.
             out: METRICS.json; the captions go to `<out>` with `.captions.jsonl` for its ending, a page for people to
-                that with `.html`.
+                that with `.html`. Where an evaluation was interrupted, the same command goes on with it.
             split: Which bags.
             batch_size: Bags captioned at once.
             validation: How captions are written, as in the YAML file of the training run.
@@ -490,7 +490,7 @@ def run_evaluation(
     from mivpg.captioning import caption_file, notes_of, read_captions
     from mivpg.evaluation import CaptionScorer, evaluate_captions, format_table
     from mivpg.evaluation_report import write_evaluation_report
-    from mivpg.files import write_whole
+    from mivpg.files import only_writer, write_whole
 
     samples = dataset.load()
     if not (in_split := select(samples, split)):
@@ -514,29 +514,33 @@ def run_evaluation(
         pass
     loaded, processor = load(model, dtype)
     prompt = processor.prompt if prompt is None else prompt
-    counts = caption_file(
-        loaded,
-        processor,
-        chosen,
-        captions,
-        generation=generation,
-        prompt=prompt,
-        batch_size=batch_size,
-        strict=strict,
-        keep_notes=True,
-    )
-    predictions = read_captions(captions)
-    scored = [sample for sample in chosen if sample.id in predictions]
-    if not scored:
-        raise MivpgError(f"{captions}: none of the {len(chosen)} bags could be read; delete that file once they can.")
-    results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
-    results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
-    given = asdict(dataset, dict_factory=lambda items: {name: value for name, value in items if value is not None})
-    settings = {"model": model, "dataset": given, "split": split, "prompt": prompt, "dtype": dtype}
-    settings |= {"validation": asdict(generation), "batch_size": batch_size, "seed": seed}
-    write_evaluation_report(page, results, predictions, scored, settings=settings)
-    write_whole(out, json.dumps(results, indent=2) + "\n")
-    notes.unlink()
+    with only_writer(out):
+        refuse_existing(out)  # another run may have written it by now
+        counts = caption_file(
+            loaded,
+            processor,
+            chosen,
+            captions,
+            generation=generation,
+            prompt=prompt,
+            batch_size=batch_size,
+            strict=strict,
+            keep_notes=True,
+        )
+        predictions = read_captions(captions)
+        scored = [sample for sample in chosen if sample.id in predictions]
+        if not scored:
+            raise MivpgError(
+                f"{captions}: none of the {len(chosen)} bags could be read; delete that file once they can."
+            )
+        results = evaluate_captions(predictions, scored, select(samples, "train"), seed=seed)
+        results |= {"model": model, "split": split, "num_unreadable_bags": counts.num_failed}
+        given = asdict(dataset, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+        settings = {"model": model, "dataset": given, "split": split, "prompt": prompt, "dtype": dtype}
+        settings |= {"validation": asdict(generation), "batch_size": batch_size, "seed": seed}
+        write_evaluation_report(page, results, predictions, scored, settings=settings)
+        write_whole(out, json.dumps(results, indent=2) + "\n")
+        notes.unlink()
     print(format_table(results))
     if counts.num_failed:
         print(f"{counts.num_failed} more bags could not be read; {captions} says why.")

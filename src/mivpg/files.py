@@ -48,6 +48,34 @@ def write_whole(file: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def only_writer(file: Path) -> Iterator[None]:
+    """Keeps other runs from writing the same file; a run that is killed lets go of it.
+
+    Where the file system knows no locks there is none.
+
+    Raises:
+        MivpgError: Another run is writing it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock_file = file.with_name(file.name + ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise MivpgError(f"{file} is being written by another run; wait for it, or choose another name.") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
 def check_is_file(path: Path, expected: str, error: type[MivpgError] = MivpgError) -> None:
     """Raises where a path is no file: reading would wait for a pipe, and never end on some devices."""
     try:

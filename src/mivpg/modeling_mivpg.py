@@ -605,27 +605,34 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
         known_pad = pad if pad is not None and 0 <= pad < vocabulary else 0
         return input_ids.masked_fill(input_ids >= vocabulary, known_pad)
 
-    def check_length(self, num_tokens: int, max_new_tokens: int = 0) -> None:
-        """Checks that the language model has places for a text and its caption; on a GPU one too many ends the process.
+    @functools.cached_property
+    def num_positions(self) -> int | None:
+        """Places that the language model has learned, as have OPT, GPT-2 and BART; None where they never end."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None) or 0
+        tokens = self.get_input_embeddings().weight
+        tables = (m for m in self.language_model.modules() if isinstance(m, nn.Embedding) and m.weight is not tokens)
+        # Two more rows than places, where the first two are for padding.
+        return limit if any(0 < limit <= table.num_embeddings <= limit + 2 for table in tables) else None
 
-        Where places are learned, as in OPT and BART, there are so many; rotary ones go on.
+    def check_length(self, num_tokens: int, num_caption_tokens: int = 0) -> None:
+        """Checks that the language model has places for a text and its caption.
+
+        On a GPU, a token without a place ends the process.
 
         Args:
             num_tokens: Of the text, its visual prompts among them.
-            max_new_tokens: Of the caption.
+            num_caption_tokens: Of the caption, where it is to be generated or is a decoder's.
 
         Raises:
             BagError: It has fewer.
         """
-        config = self.config.text_config
-        limit = getattr(config, "max_position_embeddings", None)
-        if getattr(config, "rope_parameters", None) is not None:
-            limit = None
-        needed = max(num_tokens, max_new_tokens) if self.config.is_encoder_decoder else num_tokens + max_new_tokens
-        if limit is not None and needed > limit:
+        is_joint = not self.config.is_encoder_decoder  # the last token that is generated needs no place
+        needed = num_tokens + max(num_caption_tokens - 1, 0) if is_joint else max(num_tokens, num_caption_tokens)
+        if self.num_positions is not None and needed > self.num_positions:
+            caption = f" and {num_caption_tokens} for a caption" if num_caption_tokens else ""
             raise BagError(
-                f"a text of {num_tokens} tokens, visual prompts among them, and {max_new_tokens} for its caption, but "
-                f"the language model takes {limit}; shorten the prompt, or lower max_new_tokens."
+                f"{num_tokens} tokens, visual prompts among them{caption}, but the language model has places for "
+                f"{self.num_positions}; shorten the prompt or the caption (max_new_tokens, max_caption_tokens)."
             )
 
     def prepare_inputs_embeds(
@@ -696,6 +703,8 @@ class MivpgForConditionalGeneration(CheckpointMixin, MivpgVisualPromptModel, Gen
             BagError: The language model has no places for so long a text.
             MivpgError: Shapes or numbers of image marks that do not fit together; the message has both.
         """
+        if self.config.is_encoder_decoder and labels is not None:
+            self.check_length(input_ids.shape[1], labels.shape[1])
         inputs_embeds, prompts = self.prepare_inputs_embeds(
             input_ids, pixel_values, image_embeds, image_mask, image_coords, interpolate_pos_encoding
         )

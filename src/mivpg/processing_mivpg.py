@@ -379,7 +379,7 @@ def pad_bags(bags: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Bags (N, …) of any lengths -> (B, N, …) with zeros at their ends, and the mask (B, N), 1 = real."""
     shapes = {tuple(bag.shape[1:]) for bag in bags}
     if len(shapes) > 1 or not bags:
-        raise MivpgError(f"The images of a batch have to be alike; per image these are {sorted(shapes)}.")
+        raise BagError(f"The images of a batch have to be alike; per image these are {sorted(shapes)}.")
     if any(len(bag) == 0 for bag in bags):
         raise BagError("A bag without images.")
     mask = torch.zeros(len(bags), max(len(bag) for bag in bags), dtype=torch.long)

@@ -17,7 +17,9 @@ import os
 import pickle
 import shutil
 import sys
+import textwrap
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +58,7 @@ from mivpg.bags import (
     select,
     size_to_sort_by,
 )
-from mivpg.captioning import GenerationOptions, caption_bags
+from mivpg.captioning import GenerationOptions, caption_each
 from mivpg.configuration_mivpg import (
     Q_FORMERS,
     AggregatorName,
@@ -343,6 +345,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
             f"model.trainable names {', '.join(model.config.trainable)}, of which this model has no weight."
         )
     _check_fit(train_samples[0], model)
+    if val_samples:  # where even the run's own prompt has no room, every caption of a validation would be empty
+        prompt = processor.text_ids(processor.prompt_text(config.prompt), processor.num_prompts(1))
+        model.check_length(len(prompt), config.validation.max_new_tokens)
     trainer = MivpgTrainer(
         model,
         args,
@@ -457,16 +462,35 @@ def _check_same(file: Path, asked: dict[str, Any]) -> None:
 
 @contextmanager
 def _damaged(file: Path) -> Iterator[None]:
-    """For what is read of a run when it is resumed."""
+    """Names a file or a checkpoint of a run that is resumed, and what to do, where reading it fails.
+
+    Raises:
+        MivpgError: What was to be read is damaged. Want of memory, of a permission or of a disk is raised as it is.
+    """
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError, as which torch says that a file is damaged
+    except (MemoryError, PermissionError):
         raise
     except (*DAMAGE, pickle.UnpicklingError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):  # as torch says it of a CPU and of a GPU
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise MivpgError(
-            f"{file} is damaged ({' '.join(str(error).split())[:200]}); if it is a checkpoint or lies in one, delete "
-            "that folder and resume from the one before, else name a new output_dir."
+            f"{file} is damaged ({textwrap.shorten(reason, 200)}); if it is a checkpoint or lies in one, delete that "
+            "folder and resume from the one before, else name a new output_dir."
         ) from None
+
+
+def _check_resumable(checkpoint: Path) -> None:
+    """Raises where a file beside the model is missing, of which Trainer would make a new one, or is not whole."""
+    for pattern in ("optimizer.*", "scheduler.pt", "rng_state*.pth"):
+        files = list(checkpoint.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"there is no {pattern} in it")
+        for file in files:
+            with zipfile.ZipFile(file) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"{file.name}: {name} is not as it was written")
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -661,7 +685,7 @@ class MivpgTrainer(Trainer):
         return grad_norm
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; names the bags where the model cannot read one."""
+        """As in transformers; what is wrong with a batch is told with the bags of its step."""
         try:
             return super().compute_loss(*args, **kwargs)
         except BagError as error:
@@ -711,12 +735,12 @@ class MivpgTrainer(Trainer):
         self.callback_handler.eval_dataloader = loader
         for opened in loader:
             bags = [bag for bag in opened if isinstance(bag, Bag)]
-            for error in (bag for bag in opened if isinstance(bag, BagError)):
+            with self.accelerator.autocast():
+                captions = caption_each(self.model, self.processor, bags, self.validation)
+            for error in [bag for bag in (*opened, *captions) if isinstance(bag, BagError)]:
                 print(f"{error} It counts as an empty caption.", flush=True)
-            if bags:
-                with self.accelerator.autocast():
-                    captions = caption_bags(self.model, self.processor, bags, **self.validation.as_kwargs())
-                yield from zip((bag.id for bag in bags), captions, strict=True)
+            written = zip(bags, captions, strict=True)
+            yield from ((bag.id, caption) for bag, caption in written if isinstance(caption, str))
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     # The run folder
@@ -826,15 +850,15 @@ class MivpgTrainer(Trainer):
         if checkpoint is None:
             return
         with _damaged(Path(checkpoint)):
-            for name in ("optimizer.*", "scheduler.pt"):
-                if not any(Path(checkpoint).glob(name)):  # Trainer would begin with a new one and say nothing
-                    raise FileNotFoundError(f"there is no {name} in it")
+            _check_resumable(Path(checkpoint))
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Those of this process; with another number of processes than were saved, dropout goes on with new numbers."""
-        if checkpoint is None or len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
-            with _damaged(Path(checkpoint or "")):
+        if checkpoint is None:
+            return
+        if len(list(Path(checkpoint).glob("rng_state*.pth"))) == self.args.world_size:
+            with _damaged(Path(checkpoint)):
                 super()._load_rng_state(checkpoint)
         else:
             set_seed(self.args.seed + self.state.global_step)

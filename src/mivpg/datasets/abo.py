@@ -212,7 +212,7 @@ def _read_csv(path: Path) -> dict[str, list[str]]:
 def _read_pickle(path: Path) -> Any:
     check_is_file(path, "captions")
     try:
-        # In memory it has as many bytes as it has; of a file, `read` makes room for as many as are asked for.
+        # From memory, of which no more can be read than there is: `read` of a file makes room for what it is asked for.
         return _DataUnpickler(path, io.BytesIO(path.read_bytes())).load()
     except MivpgError:  # already one of ours, which are ValueErrors, too
         raise
@@ -230,8 +230,15 @@ class _DataUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Any]] = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if code != ord(pickle.BYTEARRAY8)
+    } | {
+        ord(pickle.EMPTY_TUPLE): lambda self: self.append([]),
+        ord(pickle.TUPLE): lambda self: self.pack(self.pop_mark()),
+        ord(pickle.TUPLE1): lambda self: self.pack([self.stack.pop()]),
+        ord(pickle.TUPLE2): lambda self: self.pack([self.stack.pop(-2), self.stack.pop()]),
+        ord(pickle.TUPLE3): lambda self: self.pack([self.stack.pop(-3), self.stack.pop(-2), self.stack.pop()]),
     }
-    """Less the one that makes room for as many bytes as a pickle says that follow."""
+    """Without the one that makes room for as many bytes as a pickle says that follow. Tuples become lists, which are no
+    keys: forty tuples, each twice in the next, take years to hash."""
 
     ALLOWED: ClassVar[dict[tuple[str, str], type]] = {
         ("collections", "defaultdict"): defaultdict,
@@ -243,6 +250,10 @@ class _DataUnpickler(pickle._Unpickler):
     def __init__(self, path: Path, file: BinaryIO) -> None:
         super().__init__(file)
         self.path = path
+
+    def pack(self, values: list[Any]) -> None:
+        """In place of a tuple."""
+        self.stack.append(values)
 
     def find_class(self, module: str, name: str) -> type:
         allowed = self.ALLOWED.get((module.replace("__builtin__", "builtins"), name))  # Python 2 wrote __builtin__
