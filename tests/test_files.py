@@ -13,9 +13,9 @@ def test_a_file_has_one_writer_at_a_time(tmp_path):
     file = tmp_path / "new" / "out.jsonl"
     for _ in range(2):
         with only_writer(file):
-            with pytest.raises(MivpgError, match=r"out\.jsonl is being written by another run; wait for it"):
-                with only_writer(file):
-                    pass
+            message = r"out\.jsonl is being written by another run; wait for it"
+            with pytest.raises(MivpgError, match=message), only_writer(file):
+                pass
             with only_writer(file.with_name("other.jsonl")):
                 pass
         assert not list(file.parent.iterdir())
