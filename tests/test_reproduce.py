@@ -19,7 +19,7 @@ import yaml
 from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.errors import MivpgError
 from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
-from mivpg.experiments import data, reproduce, runner
+from mivpg.experiments import costs, data, reproduce, runner
 from mivpg.experiments.data import MINIATURE, PAPER, PROMPT, SCALES, ExperimentData
 from mivpg.experiments.pages import report_parts, write_results
 from mivpg.experiments.paper import Claim, experiments
@@ -41,7 +41,7 @@ def tiny_scale():
     """The miniature with a few bags and one epoch."""
     draws = {
         "products": lambda root: make_catalogue(root, num_products=20, seed=0),
-        "slides": lambda root: make_patch_gastric(root, num_slides=24, mean_patches=5, seed=0),
+        "slides": lambda root: make_patch_gastric(root, num_slides=16, mean_patches=5, seed=0),
         "scenes": lambda root: make_coco(root, num_pictures=20, seed=0),
     }
     settings = {
@@ -100,6 +100,7 @@ def whole(tmp_path_factory, one_meteor):
     patch.setitem(SCALES, "miniature", tiny_scale())
     patch.setattr(reproduce, "experiments", few_arms)
     patch.setattr(base, "NUM_HELD_OUT", 12)
+    patch.setattr(costs, "NUM_IMAGES", (1, 2))
     patch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
     broken = out / "runs" / "slides" / "seed-1" / "induced"
 

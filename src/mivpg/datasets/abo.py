@@ -240,6 +240,8 @@ class _DataUnpickler(pickle._Unpickler):
     """Without the one that makes room for as many bytes as a pickle says that follow. Tuples become lists, which are no
     keys: forty tuples, each twice in the next, take years to hash."""
 
+    stack: list[Any]
+
     ALLOWED: ClassVar[dict[tuple[str, str], type]] = {
         ("collections", "defaultdict"): defaultdict,
         ("collections", "OrderedDict"): OrderedDict,
