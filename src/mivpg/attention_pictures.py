@@ -114,14 +114,22 @@ def draw_heads(heads: np.ndarray) -> bytes:
     num_blocks, num_heads = heads.shape[:2]
     with matplotlib.style.context(["default", STYLE]):
         figure = Figure((max(1.1 * num_heads, 5) + 1.2, 1.5 * num_blocks + 0.8), layout="constrained")
-        panels = figure.subplots(num_blocks, num_heads, sharex=True, sharey=True, squeeze=False)
-        scale = draw_head_panels(panels.ravel(), heads.reshape(-1, *heads.shape[2:]), num_ticks=(4, 4))
-        for head, axes in enumerate(panels[0], start=1):
-            axes.set_title(f"head {head}")
-        for block, axes in enumerate(panels[:, 0], start=1):
-            axes.set_ylabel(f"block {block}\nquery")
-        figure.supxlabel("image", fontsize="medium")
-        figure.colorbar(scale, ax=panels.ravel().tolist(), fraction=0.03, pad=0.01, label="weight")
+        axes = figure.subplots()
+        names = [f"head {head + 1}" for head in range(num_heads)]
+        panels = heads.reshape(-1, *heads.shape[2:])
+        scale = draw_head_panels(axes, panels, columns=num_heads, names=names, gap=0.1, num_ticks=(4, 4))
+        for block in range(num_blocks):
+            axes.annotate(
+                f"block {block + 1}\nquery",
+                (0, 1.1 * block + 0.5),
+                xytext=(-25, 0),
+                textcoords="offset points",
+                rotation="vertical",
+                horizontalalignment="right",
+                verticalalignment="center",
+            )
+        axes.set_xlabel("image")
+        figure.colorbar(scale, ax=axes, fraction=0.03, pad=0.01, label="weight")
         return as_png(figure, dpi=110)
 
 

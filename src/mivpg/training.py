@@ -465,7 +465,7 @@ def _damaged(file: Path) -> Iterator[None]:
     """Names a file or a checkpoint of a run that is resumed, and what to do, where reading it fails.
 
     Raises:
-        MivpgError: What was to be read is damaged. Want of memory, of a permission or of a disk is raised as it is.
+        MivpgError: What was to be read is damaged. Want of memory or of a permission is raised as it is.
     """
     try:
         yield

@@ -308,37 +308,51 @@ def draw_grid(axes: Axes, photo: Image.Image, grid: np.ndarray, **how: Any) -> A
     return axes.imshow(grid, extent=extent, **how)
 
 
-def draw_head_panels(panels: np.ndarray, heads: np.ndarray, *, num_ticks: tuple[int, int]) -> ScalarMappable:
+def draw_head_panels(
+    axes: Axes, heads: np.ndarray, *, columns: int, names: Sequence[str], gap: float, num_ticks: tuple[int, int]
+) -> ScalarMappable:
     """Draws heads (n, R, N), a panel a head: a row a query, a column an image, numbered from 1.
 
+    All panels stand in one frame, since matplotlib takes ten seconds to lay out 72 of them.
+
     Args:
-        panels: (n,), `Axes` that share theirs.
+        axes: The frame; a panel is one unit wide and high.
         heads: What each query reads of each image.
-        num_ticks: At most so many numbers of images, and of queries.
+        columns: Panels in a row.
+        names: Of the first panels, which stand above them.
+        gap: Between two rows.
+        num_ticks: About so many numbers of images, and of queries, a panel.
 
     Returns:
         The one scale of all panels, for a colour bar.
     """
-    num_queries, num_images = heads.shape[1:]
     scale = Normalize(0, heads.max())
-    extent = (0.5, num_images + 0.5, num_queries + 0.5, 0.5)
-    for axes, head in zip(panels, heads, strict=True):
+    lefts = [1.1 * column for column in range(columns)]
+    tops = [(1 + gap) * row for row in range(math.ceil(len(heads) / columns))]
+    places = [(left, top) for top in tops for left in lefts]
+    for (left, top), head in zip(places, heads, strict=False):
+        extent = (left, left + 1, top + 1, top)
         axes.imshow(head, norm=scale, aspect="auto", interpolation="nearest", extent=extent)
-    for axis, most in zip((panels[0].xaxis, panels[0].yaxis), num_ticks, strict=True):
-        axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
+    for (left, top), name in zip(places, names, strict=False):
+        axes.text(left + 0.5, top - 0.04, name, horizontalalignment="center", verticalalignment="bottom")
+    axes.set(xlim=(0, lefts[-1] + 1), ylim=(tops[-1] + 1, 0))
+    sides = ((axes.set_xticks, lefts, heads.shape[2]), (axes.set_yticks, tops, heads.shape[1]))
+    for (set_ticks, starts, number), most in zip(sides, num_ticks, strict=True):
+        ticks = MaxNLocator(most, integer=True, min_n_ticks=1).tick_values(1, number)
+        shown = [int(tick) for tick in ticks if 1 <= tick <= number]
+        set_ticks(
+            [start + (tick - 0.5) / number for start in starts for tick in shown], [*map(str, shown)] * len(starts)
+        )
+    axes.spines[:].set_visible(False)
     return ScalarMappable(scale)
 
 
 def _draw_heads(bottom: SubFigure, heads: np.ndarray) -> None:
     """Cross-attention (A, R, N), a panel a head."""
+    axes = bottom.subplots()
     columns = min(len(heads), HEADS_IN_A_ROW)
-    panels = bottom.subplots(math.ceil(len(heads) / columns), columns, sharex=True, sharey=True, squeeze=False)
-    scale = draw_head_panels(panels.flat[: len(heads)], heads, num_ticks=(MAX_PHOTOS, 5))
-    for head, axes in enumerate(panels.flat[: len(heads)], start=1):
-        axes.set_title(f"head {head}")
-    for axes in panels.flat[len(heads) :]:
-        axes.set_axis_off()
+    names = [f"head {head + 1}" for head in range(len(heads))]
+    scale = draw_head_panels(axes, heads, columns=columns, names=names, gap=0.25, num_ticks=(MAX_PHOTOS, 5))
     bottom.suptitle("Cross-attention of the last block, head by head: what each query reads of each image", fontsize=11)
-    bottom.supxlabel("image", fontsize="medium")
-    bottom.supylabel("query", fontsize="medium")
-    bottom.colorbar(scale, ax=panels.ravel().tolist(), fraction=0.02, pad=0.01, label="weight")
+    axes.set(xlabel="image", ylabel="query")
+    bottom.colorbar(scale, ax=axes, fraction=0.02, pad=0.01, label="weight")
