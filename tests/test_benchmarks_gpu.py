@@ -83,6 +83,7 @@ def tables(printed: str) -> dict[str, list[list[str]]]:
     return {title: rows[2:] for title, rows in found.items()}
 
 
+@pytest.mark.slow
 def test_every_section_is_printed(capsys, small_parts):
     torch.manual_seed(0)
     languages = {"opt": SIZES.languages["opt"]}  # T5's steps and captions are compared below

@@ -171,7 +171,7 @@ def test_binary_loss_and_probabilities_are_those_of_a_logit():
         ("mivpg", 3e-3),
         # The classifier reads the mean over images, in which one hardly shows at first.
         pytest.param("qformer_per_image", 1e-2, marks=pytest.mark.slow),
-        ("abmil", 3e-3),
+        pytest.param("abmil", 3e-3, marks=pytest.mark.slow),
         ("ds_mil", 3e-3),
     ],
 )

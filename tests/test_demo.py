@@ -150,6 +150,7 @@ def test_the_readmes_commands(whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_meteor")
+@pytest.mark.slow
 def test_a_finished_demo_does_nothing_again(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
     results = json.loads((whole / "results.json").read_text())

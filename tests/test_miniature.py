@@ -42,6 +42,10 @@ from mivpg.miniature.wording import (
 )
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
+every_second_family = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if i % 2 else ()) for i, name in enumerate(FAMILIES)]
+)
+"""The others in `make test-all`: each is a second of drawing."""
 
 WHITE = (250, 250, 250)
 FACING = Camera(azimuth=0, elevation=0)
@@ -318,7 +322,7 @@ class TestProducts:
             found.update((product.family, *item) for item in product.traits.items())
         assert len(found) == sum(len(values) for family in FAMILIES.values() for values in family.traits.values())
 
-    @every_family
+    @every_second_family
     def test_the_main_photo_hides_and_another_shows(self, family):
         """What is hidden is never seen in the overview, and always from the view that is named for it."""
         where = {"back": "back", "beneath": "beneath", "inside": "inside", "ends": "side"}
@@ -335,7 +339,7 @@ class TestProducts:
                 shown[trait] += trait in photograph(product, where[trait], generator, size=48).seen
         assert shown and all(count >= 0.95 * number for count in shown.values()), shown
 
-    @every_family
+    @every_second_family
     def test_seen_is_what_changes_the_photo(self, family):
         """The same photo of a product that differs in one trait: many pixels differ if it is seen, few if it is not."""
         generator = random.Random(f"changes {family}")

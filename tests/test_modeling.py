@@ -194,8 +194,16 @@ class TestFamilies:
         processor.check_model(model.config)
         return drawn(model), processor
 
-    @pytest.mark.parametrize("vision", VISION)
-    @pytest.mark.parametrize("language", LANGUAGE)
+    @pytest.mark.parametrize(
+        ("vision", "language"),
+        [
+            pytest.param(
+                vision, language, marks=() if vision == "blip_2_vision_model" or language == "opt" else pytest.mark.slow
+            )
+            for vision in VISION
+            for language in LANGUAGE
+        ],
+    )
     def test_trains_and_generates(self, folders, vision, language):
         pooling = "abmil" if language in ("opt", "t5") else "none"
         model, processor = self.joined(

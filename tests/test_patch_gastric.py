@@ -50,6 +50,7 @@ def test_the_real_numbers_of_slides_give_688_100_203():
     assert splits != stratified_split(subtypes, seed=2)
 
 
+@pytest.mark.slow
 def test_the_split_depends_on_neither_hash_seed_nor_order():
     program = (
         "from mivpg.datasets.patch_gastric import stratified_split\n"
