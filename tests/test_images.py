@@ -203,9 +203,8 @@ def test_a_few_bytes_that_ask_for_much_memory_are_refused_undecoded(tmp_path, mo
 
 def test_large_but_allowed_pictures_are_quiet(tmp_path):
     """In a process of its own, as pytest has its own filters of warnings."""
-    Image.new("1", (9_500, 9_500)).save(
-        tmp_path / "large.png", compress_level=0
-    )  # above half of the limit, where Pillow warns
+    # above half of the limit, where Pillow warns
+    Image.new("1", (9_500, 9_500)).save(tmp_path / "large.png", compress_level=0)
     code = "import sys, pathlib, mivpg.images as i; print(i.open_image(pathlib.Path(sys.argv[1])).size)"
     result = subprocess.run([sys.executable, "-c", code, tmp_path / "large.png"], capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("(9500, 9500)", "")

@@ -116,12 +116,12 @@ def draw_heads(heads: np.ndarray) -> bytes:
         figure = Figure((max(1.1 * num_heads, 5) + 1.2, 1.5 * num_blocks + 0.8), layout="constrained")
         axes = figure.subplots()
         names = [f"head {head + 1}" for head in range(num_heads)]
-        panels = heads.reshape(-1, *heads.shape[2:])
-        scale = draw_head_panels(axes, panels, columns=num_heads, names=names, gap=0.1, num_ticks=(4, 4))
+        panels, gap = heads.reshape(-1, *heads.shape[2:]), 0.1
+        scale = draw_head_panels(axes, panels, columns=num_heads, names=names, gap=gap, num_ticks=(4, 4))
         for block in range(num_blocks):
             axes.annotate(
                 f"block {block + 1}\nquery",
-                (0, 1.1 * block + 0.5),
+                (0, (1 + gap) * block + 0.5),
                 xytext=(-25, 0),
                 textcoords="offset points",
                 rotation="vertical",
