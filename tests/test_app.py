@@ -10,8 +10,8 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -50,6 +50,7 @@ from mivpg.slides import Tile, TileOptions, find_tiles, open_slide
 from test_cli import mivpg as command
 from test_cli import one_line
 from test_images import png_of
+from warm import Program
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*")
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed")
@@ -713,26 +714,20 @@ def test_command_serves_writes_nothing_and_clears_up(tmp_path):
     uploads.mkdir()
     package = Path(mivpg.__file__).parent
     before = {path for path in contents(package) if "__pycache__" not in path}
-    run = subprocess.Popen(
-        [sys.executable, "-m", "mivpg.cli", "app", "--port", str(port)],
-        cwd=work,
-        env=os.environ | {"TMPDIR": str(uploads), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = os.environ | {"TMPDIR": str(uploads)}
+    run = Program("-m", "mivpg.cli", "app", "--port", port, environment=environment, folder=work)
     try:
-        assert run.stdout is not None
-        assert run.stdout.readline() == f"http://127.0.0.1:{port}/\n"
+        while run.is_running and not run.out:
+            time.sleep(0.1)
+        assert run.out == f"http://127.0.0.1:{port}/\n"
         page = Served(f"http://127.0.0.1:{port}")
         assert page.request("GET", "/")[0] == 200
         assert page.upload(b"x")[0] == 200
         assert [path for path in uploads.glob("mivpg-*/**/*") if path.is_file()]
         run.send_signal(signal.SIGTERM)
-        _, err = run.communicate(timeout=20)
     finally:
-        run.kill()
-    assert run.returncode == 130
+        code, _, err = run.wait(timeout=20)
+    assert code == 130
     assert "Traceback" not in err
     assert not list(uploads.glob("mivpg-*"))
     assert not list(work.iterdir())

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
+import multiprocessing
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -251,27 +248,22 @@ def test_a_second_run_leaves_the_file_to_the_first(tmp_path):
     assert set(tmp_path.iterdir()) - before == {tmp_path / "out.jsonl"}
 
 
-RUN_SLOWLY = """
-import sys
-from pathlib import Path
-from test_captioning import FakeModel, write_captions, write_samples
-folder = Path(sys.argv[1])
-write_captions(write_samples(folder, 41), folder / "killed.jsonl", model=FakeModel(seconds=0.1))
-"""
+def caption_slowly(folder: Path) -> None:
+    write_captions(write_samples(folder, 41), folder / "killed.jsonl", model=FakeModel(seconds=0.1))
 
 
 def test_killed_run_ends_as_an_unbroken_one(tmp_path):
     samples = write_samples(tmp_path, 41)
     partial = tmp_path / "killed.jsonl.partial"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen([sys.executable, "-c", RUN_SLOWLY, str(tmp_path)], env=environment)
+    run = multiprocessing.get_context("fork").Process(target=caption_slowly, args=(tmp_path,))
+    run.start()
     try:
         while not partial.exists() or partial.read_bytes().count(b"\n") < 9:
-            assert run.poll() is None
+            assert run.is_alive()
             time.sleep(0.01)
     finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
+        run.kill()
+        run.join()
     assert not (tmp_path / "killed.jsonl").exists()
 
     model = FakeModel()

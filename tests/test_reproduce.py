@@ -98,7 +98,7 @@ def only(known, chosen):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, one_meteor):
+def whole(tmp_path_factory, quick_meteor):
     """Every experiment with two seeds, and one run that fails."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     patch = pytest.MonkeyPatch()
@@ -242,7 +242,7 @@ def test_arms_of_one_name_are_the_same_run(scale):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_meteor")
+@pytest.mark.usefixtures("quick_meteor")
 def test_arms_with_models_of_their_own(tmp_path, monkeypatch):
     """A convolutional backbone, another base, and scenes with the vision model unfrozen."""
     out = tmp_path / "out"

@@ -1,12 +1,8 @@
 """Training: the same steps however a batch is divided, and the same end whether or not a run was killed."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +24,7 @@ from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.training import ModelConfig, ShareSampler, train
 from tiny import VISION_WIDTH
 from training_script import make_world, tiny_train_config
+from warm import Program
 
 torch.set_num_threads(1)  # as in the scripts: sums have to come out the same bit for bit
 
@@ -58,20 +55,10 @@ def scores(monkeypatch) -> list[float]:
     return script
 
 
-def run_script(*arguments: str | Path, processes: int | None = None) -> tuple[int, str]:
-    """The exit code, and what was written; by `torchrun` where a number of processes is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes else []
-    with tempfile.TemporaryFile("w+") as output:  # a pipe would end with a killed run's readers, seconds after it
-        run = subprocess.run(
-            [sys.executable, *launcher, SCRIPT, *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-            timeout=300,
-        )
-        output.seek(0)
-        return run.returncode, output.read()
+def run_script(*arguments: object, num_processes: int = 1) -> tuple[int, str]:
+    """The exit code, and what was written."""
+    code, out, err = Program(SCRIPT, *arguments, num_processes=num_processes).wait()
+    return code, out + err
 
 
 def logged(run_dir: Path, name: str) -> list[float]:
@@ -102,7 +89,7 @@ def two_processes(world, tmp_path_factory) -> Path:
     runs.append(runs[0] | {"output_dir": str(folder / "one_val"), "bags": "one_val.jsonl", "num_train_epochs": 1})
     runs.append(runs[0] | {"output_dir": str(folder / "killed")})
     kill = ("--kill-at", "4", "--kill-rank", "1")
-    code, output = run_script(world, json.dumps(runs), *kill, "--note-captioned", processes=2)
+    code, output = run_script(world, json.dumps(runs), *kill, "--note-captioned", num_processes=2)
     assert (folder / "one_val" / "best").exists(), output
     (folder / "output.txt").write_text(f"{code}\n{output}")
     return folder
@@ -162,7 +149,7 @@ def test_a_run_goes_on_in_two_processes(world, two_processes, tmp_path):
     crash_after(tiny_train_config(world, output_dir=alone, gradient_accumulation_steps=2, batch_size=4), step=4)
     killed = shutil.copytree(two_processes / "killed", tmp_path / "killed")
     runs = [{"output_dir": str(run_dir), "batch_size": 4} for run_dir in (alone, killed)]
-    code, output = run_script(world, json.dumps(runs), "--resume", processes=2)
+    code, output = run_script(world, json.dumps(runs), "--resume", num_processes=2)
     assert code == 0, output
     assert output.count("Resuming from step 3 (epoch 1.00).") == 2
     expected = torch.tensor(logged(two_processes / "opt", "loss"))

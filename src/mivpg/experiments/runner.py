@@ -5,6 +5,7 @@ on from its newest checkpoint. Beside its captions stands what they were made of
 other settings are not taken for its own. A run that fails does not stop the others; its log says why.
 """
 
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -376,6 +377,7 @@ def _run_one(run: Run, gpu: str | None) -> None:
     """What happens in a run's process."""
     import transformers
 
+    gc.freeze()  # what the server has imported is never garbage, and need not be looked at
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # nothing has looked for GPUs in this process yet
