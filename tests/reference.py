@@ -66,8 +66,10 @@ def layer_norm(weights: Weights, name: str, rows: Array, eps: float) -> Array:
 def softmax(scores: Iterable[float]) -> Array:
     """Weights that sum to one; the largest score is taken off first, which changes nothing but the range."""
     scores = list(scores)
-    powers = [exp(score - max(scores)) for score in scores]
-    return np.array([power / sum(powers) for power in powers])
+    largest = max(scores)
+    powers = [exp(score - largest) for score in scores]
+    total = sum(powers)
+    return np.array([power / total for power in powers])
 
 
 def attention(queries: Array, keys: Array, values: Array, num_heads: int) -> Array:

@@ -177,7 +177,7 @@ def test_binary_loss_and_probabilities_are_those_of_a_logit():
 )
 def test_it_learns_and_finds_the_instance(aggregator, learning_rate):
     train, test = bags_of(60, seed=0), bags_of(40, seed=1)
-    config = config_of(aggregator, num_train_epochs=40, learning_rate=learning_rate)
+    config = config_of(aggregator, num_train_epochs=12, learning_rate=3 * learning_rate)
     model = make_classifier(config, width=WIDTH, num_labels=2)
     train_classifier(model, train, config)
     scores = score_predictions(test, predict(model, test, with_instances=True))

@@ -1,5 +1,6 @@
 """Stored features are what the model makes of the pixels, and features of two kinds are never mixed."""
 
+import copy
 import functools
 import hashlib
 import io
@@ -47,13 +48,19 @@ def blip2_folder(tmp_path_factory) -> Path:
     return save_blip2(tmp_path_factory.mktemp("base") / "blip2")
 
 
-@pytest.fixture
-def model(blip2_folder) -> MivpgForConditionalGeneration:
+@pytest.fixture(scope="module")
+def one_model(blip2_folder) -> MivpgForConditionalGeneration:
     model = MivpgForConditionalGeneration.from_pretrained(
         blip2_folder, patch_pooling="abmil", instance_correlation="csa"
     )
     randomize_added_weights(model, generator=torch.Generator().manual_seed(0))
     return model
+
+
+@pytest.fixture
+def model(one_model) -> MivpgForConditionalGeneration:
+    """One that a test may change."""
+    return copy.deepcopy(one_model)
 
 
 @pytest.fixture

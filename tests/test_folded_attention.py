@@ -375,6 +375,7 @@ class TestRecomputing:
         gc.collect()
         assert alive() is None
 
+    @pytest.mark.slow
     def test_blocks_that_are_compiled_keep_all(self, monkeypatch, makes):
         monkeypatch.setattr(folded_attention, "CHUNK", 1000)  # the fewer, the sooner compiled
         model = model_of(Setting("cls", "csa", "none")).train()

@@ -166,10 +166,8 @@ def test_the_command_says_that_something_failed(whole):
     assert [name for name, found in results.items() if has_failed(found)] == ["table3"]
 
 
-def test_pairs_are_counted_once_for_each_number_that_is_asked_for(tmp_path, caplog):
-    found = ExperimentData(scale=tiny_scale(), out=tmp_path)
-    for name in ("products", "scenes"):
-        found.prepare(name, "pixels")
+def test_pairs_are_counted_once_for_each_number_that_is_asked_for(whole, caplog):
+    found = ExperimentData(scale=tiny_scale(), out=whole[0])
     assert [found.count_train_pairs("scenes", 0, number) for number in (16, 32)] == [16, 32]
     caplog.clear()
     caplog.set_level("INFO", logger="mivpg")
