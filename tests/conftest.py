@@ -8,14 +8,9 @@ from statistics import fmean
 from types import SimpleNamespace
 
 import pytest
-import torch
-from accelerate.utils import memory
 
 LONG = ("test_reproduce", "test_demo", "test_training", "test_app_browser", "test_docs", "test_features")
 """Files that take a minute and more. They begin first, so that no process is left alone with one at the end."""
-
-memory.gc = SimpleNamespace(collect=lambda: None)  # for a third of a second accelerate looks for garbage in each run
-torch.set_num_threads(1)  # models of a few numbers run slower on two, and many times so where others run beside them
 
 
 class QuickMeteor:
@@ -52,6 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    """Where tests run: what deals them out to processes need not import torch."""
+    import torch
+    from accelerate.utils import memory
+
+    torch.set_num_threads(1)  # models of a few numbers run slower on two, and many times so where others run beside
+    memory.gc = SimpleNamespace(collect=lambda: None)  # accelerate looks for garbage in each run, a third of a second
     gc.freeze()  # what torch and transformers consist of is never garbage, and need not be looked at each time
 
 

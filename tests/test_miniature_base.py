@@ -71,7 +71,7 @@ class TestCommitted:
         tokenizer = MivpgProcessor.from_pretrained(BASE_MODEL).tokenizer
         embed = model.get_input_embeddings()
         right, num_said = 0, 0
-        for index in range(40):
+        for index in range(20):
             generator = random.Random(f"together {index}")
             product = draw_product(generator, ("chair", "sofa", "bottle")[index % 3])
             words = base.keyword_embeds(model, tokenizer, keywords(product, product.traits | {"family": ""}, generator))
@@ -83,7 +83,7 @@ class TestCommitted:
             for trait in ("front", "back", "beneath"):
                 spoken = said(caption, trait, FAMILIES[product.family].traits[trait])
                 right, num_said = right + (spoken == product.traits[trait]), num_said + (spoken is not None)
-        assert num_said > 80
+        assert num_said > 40
         assert right > 0.95 * num_said
 
     def test_mivpg_starts_from_it_as_its_qformer(self):
@@ -122,7 +122,7 @@ class TestCommitted:
         """Its own figures hold on other pictures: it was trained on none of these."""
         model = Blip2ForConditionalGeneration.from_pretrained(BASE_MODEL)
         processor = AutoProcessor.from_pretrained(BASE_MODEL, backend="pil")
-        pictures = [make_picture("never seen", index) for index in range(200)]
+        pictures = [make_picture("never seen", index) for index in range(100)]
         figures = judge(model, processor, [picture for picture in pictures if not picture.keywords])
         committed = json.loads((BASE_MODEL / "recipe.json").read_text())["figures"]
         record_property("loss of the base on pictures not seen", figures["loss"])
