@@ -242,7 +242,9 @@ def test_keyboard_alone_is_enough(page, photos):
     assert copied["left_out"]["photos"] == [photos[0].name]
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    "size", [pytest.param(DESKTOP, marks=pytest.mark.slow, id="desktop"), pytest.param(PHONE, id="phone")]
+)
 def test_nothing_overlaps_and_everything_has_a_name(page, size):
     page.set_viewport_size(size)
     heading = page.locator("#heading p").inner_text()

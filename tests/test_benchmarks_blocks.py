@@ -92,7 +92,7 @@ def test_peers_that_are_missing_are_left_out(folded_from_8, monkeypatch) -> None
     assert [row[0] for row in blocks.correlation_rows(BLOCK, 9, rounds=1)] == ["CSA"]
 
 
-@pytest.mark.parametrize("num_images", [1, 3])
+@pytest.mark.parametrize("num_images", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_counted_products_are_those_of_the_equations(num_images) -> None:
     """Forward and backward: thrice a product, twice where one of its factors needs no gradient."""
     num_tokens = 7

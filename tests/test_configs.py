@@ -69,7 +69,9 @@ def test_commands_of_the_papers_run_name_its_own_files(name):
 
 
 @pytest.mark.usefixtures("quick_meteor")
-@pytest.mark.parametrize("name", ["abo", "coco", pytest.param("patch_gastric", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["abo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coco", "patch_gastric"))]
+)
 def test_miniature_from_end_to_end(name, tmp_path, monkeypatch):
     """Every command that stands in the file, on fewer records and for one epoch."""
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,19 @@
 """Counted costs are those that the equations give."""
 
+from mivpg.configuration_mivpg import MivpgConfig
 from mivpg.experiments import costs
 
-P, D, H, R, L, BLOCKS, READING, INNER = 257, 1408, 768, 32, 128, 12, 6, 3072
+P, D, H, R, L, BLOCKS, READING, INNER = 257, 1408, 768, 32, 128, 4, 2, 3072
+
+
+def smaller(*, qformer_config: dict, **options) -> MivpgConfig:
+    """BLIP-2's widths, and a third of its blocks."""
+    return MivpgConfig(qformer_config=qformer_config | {"num_hidden_layers": BLOCKS}, **options)
 
 
 def test_costs_are_those_of_the_equations(monkeypatch) -> None:
     monkeypatch.setattr(costs, "NUM_IMAGES", (1, 2, 21))
+    monkeypatch.setattr(costs, "MivpgConfig", smaller)
     counted = costs.measure_costs()
     of_instance = READING * (2 * D * H + 2 * R * H)  # key and value; scores and the weighted sum
     of_pooling = P * D * L + P * L + P * D

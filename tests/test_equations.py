@@ -247,7 +247,10 @@ def test_instances(pooling: str) -> None:
         np.testing.assert_allclose(instances[bag][instance_mask[bag].bool()], expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+@pytest.mark.parametrize(
+    "encoding",
+    [pytest.param(encoding, marks=pytest.mark.slow if encoding == "none" else ()) for encoding in POSITION_ENCODINGS],
+)
 @pytest.mark.parametrize("correlation", INSTANCE_CORRELATIONS)
 @pytest.mark.parametrize("pooling", PATCH_POOLINGS)
 def test_whole_path(pooling: str, correlation: str, encoding: str, record_property) -> None:

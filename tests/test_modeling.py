@@ -134,6 +134,7 @@ class TestBlip2:
             for correlation in ("csa", "csa_constant", "self_attention", "induced", "nystrom")
         ],
     )
+    @pytest.mark.parametrize("blip2_folder", ["opt"], indirect=True)  # no language model is asked
     def test_untrained_is_the_qformer_on_the_pooled_instances(self, blip2_folder, pooling, correlation):
         mivpg = MivpgForConditionalGeneration.from_pretrained(
             blip2_folder, patch_pooling=pooling, instance_correlation=correlation, position_encoding="ppeg"

@@ -119,6 +119,7 @@ def test_a_real_frozen_language_model_over_real_photos(tmp_path, record_property
 
 @needs_abo
 @needs_stories
+@pytest.mark.slow
 def test_features_alone_over_a_real_language_model(tmp_path, record_property):
     """The vision model is asked once, its answers are stored, and from then on there is none."""
     save_vision_model(tmp_path / "clip", "clip_vision_model")

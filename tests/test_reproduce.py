@@ -33,6 +33,7 @@ from mivpg.miniature.encoder_decoder import make_encoder_decoder_base
 from mivpg.miniature.patch_gastric import make_patch_gastric
 from mivpg.report import write_report
 from mivpg.training import TrainConfig
+from test_costs import smaller
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -40,9 +41,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def tiny_scale():
     """The miniature with a few bags and one epoch."""
     draws = {
-        "products": lambda root: make_catalogue(root, num_products=20, seed=0),
-        "slides": lambda root: make_patch_gastric(root, num_slides=16, mean_patches=5, seed=0),
-        "scenes": lambda root: make_coco(root, num_pictures=20, seed=0),
+        "products": lambda root: make_catalogue(root, num_products=14, seed=0),
+        "slides": lambda root: make_patch_gastric(root, num_slides=12, mean_patches=5, seed=0),
+        "scenes": lambda root: make_coco(root, num_pictures=14, seed=0),
     }
     settings = {
         name: dataclasses.replace(
@@ -106,6 +107,7 @@ def whole(tmp_path_factory, quick_meteor):
     patch.setattr(reproduce, "experiments", few_arms)
     patch.setattr(base, "NUM_HELD_OUT", 12)
     patch.setattr(costs, "NUM_IMAGES", (1, 2))
+    patch.setattr(costs, "MivpgConfig", smaller)
     patch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
     broken = out / "runs" / "slides" / "seed-1" / "induced"
 

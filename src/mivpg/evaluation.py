@@ -168,7 +168,16 @@ def tokenize(java: Path, captions: Iterable[str]) -> dict[str, str]:
     lines = "".join(" ".join(caption.split()) + "\n" for caption in unique)
     jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
     process = subprocess.run(
-        [java, *JAVA_OPTIONS, *SOON_DONE, "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"],
+        [
+            java,
+            *JAVA_OPTIONS,
+            *SOON_DONE,
+            "-cp",
+            jar,
+            "edu.stanford.nlp.process.PTBTokenizer",
+            "-preserveLines",
+            "-lowerCase",
+        ],
         input=lines.encode(errors="replace"),
         capture_output=True,
         check=False,
