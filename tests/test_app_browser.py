@@ -35,7 +35,7 @@ NAME = "<b>the</b> *miniature*"
 def photos(tmp_path_factory) -> list[Path]:
     """Five photos of a generated product."""
     folder = tmp_path_factory.mktemp("photos")
-    product = next(product for product in generated_products(20).values() if len(product) >= 5)
+    product = next(product for product in generated_products(7).values() if len(product) >= 5)
     paths = [folder / f"{number}-{name}.png" for number, (name, _) in enumerate(product[:5], start=1)]
     for path, (_, picture) in zip(paths, product[:5], strict=True):
         picture.save(path)

@@ -445,6 +445,7 @@ def test_the_learning_rate_falls_by_epochs(tmp_path, monkeypatch):
     assert rates == pytest.approx([1e-3 * 0.98**epoch for epoch in range(4) for _ in range(2)])
 
 
+@pytest.mark.slow  # `test_reproduce.py` has a baseline from slides to captions
 def test_from_generated_slides_to_captions(densenet, slides, tmp_path, monkeypatch):
     """Two kinds of features through the same calls: those of a backbone, and those of a store."""
     files = slide_features(densenet, slides, tmp_path / "features", image_size=96)

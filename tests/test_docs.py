@@ -472,6 +472,7 @@ def test_the_site_holds_together(site):
             assert not anchor or anchor in known, f"{page.name}: {link}"
 
 
+@pytest.mark.slow
 def test_no_page_is_wider_than_a_phone(site):
     """What does not fit, a table, a line of code or an equation, scrolls by itself."""
     playwright = pytest.importorskip("playwright.sync_api")

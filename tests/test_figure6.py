@@ -85,6 +85,7 @@ def test_numbers_are_those_of_the_model(trained, samples):
         assert maps.patches[0].std() > 1e-3  # the control: not all alike
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_the_seed_alone_chooses(trained, samples):
     chosen = set()

@@ -39,7 +39,9 @@ UNORDERED = [name for name in INSTANCE_CORRELATIONS if name != "nystrom"]
 
 every_pooling = pytest.mark.parametrize("pooling", PATCH_POOLINGS)
 every_correlation = pytest.mark.parametrize("correlation", INSTANCE_CORRELATIONS)
-every_encoding = pytest.mark.parametrize("encoding", POSITION_ENCODINGS)
+every_encoding = pytest.mark.parametrize(  # with PPEG more is on, and can go wrong
+    "encoding", [pytest.param(name, marks=pytest.mark.slow if name == "none" else ()) for name in POSITION_ENCODINGS]
+)
 
 
 @cache
@@ -72,7 +74,7 @@ def shuffled_patches(image_embeds: Tensor) -> Tensor:
 # --- Order -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", SAME, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64], ids=str)
 @pytest.mark.parametrize("correlation", UNORDERED)
 @every_pooling
 def test_order_of_instances_does_not_matter(

@@ -46,7 +46,7 @@ def token_accuracy(model: MivpgForConditionalGeneration, processor: MivpgProcess
 
 
 def captions(model, processor, samples, **options) -> dict[str, str]:
-    generation = GenerationOptions(num_beams=1, max_new_tokens=100, **options)
+    generation = GenerationOptions(num_beams=1, max_new_tokens=40, **options)
     return dict(caption_samples(model, processor, samples, generation=generation))
 
 

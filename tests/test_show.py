@@ -267,6 +267,7 @@ def case(shop, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_slide_of_a_case_is_drawn_by_itself(shop, case, tmp_path):
     given = ("--bags", case / "bags.jsonl", "--bag", "case", "--model", shop / "model", *FAST)
     both, one, none = tmp_path / "both", tmp_path / "one", tmp_path / "none"
