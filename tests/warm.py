@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,4 +120,12 @@ def _launch(words: list[str], num_processes: int) -> None:
         max_restarts=0,
         start_method="fork",
     )
-    elastic_launch(config, _run)(words)
+    elastic_launch(config, _run_beside_others)(words)
+
+
+def _run_beside_others(words: list[str]) -> None:
+    try:
+        _run(words)
+    except Exception:
+        time.sleep(2)  # as long as a process of its own takes to end; another that was killed has to be noticed first
+        raise
