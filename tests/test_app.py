@@ -72,7 +72,7 @@ def embedded() -> Loaded:
     return load(BASE_MODEL)
 
 
-@pytest.fixture(scope="module", params=["embedded", "t5"])
+@pytest.fixture(scope="module", params=["embedded", pytest.param("t5", marks=pytest.mark.slow)])
 def loaded(request, tmp_path_factory) -> Loaded:
     """A decoder-only language model that has learned, and a random encoder-decoder."""
     return load(BASE_MODEL if request.param == "embedded" else save_blip2(tmp_path_factory.mktemp("t5"), "t5"))

@@ -182,6 +182,7 @@ def test_five_photos_a_caption_maps_and_one_photo_less(page, photos):
     page.locator("#comparison table").wait_for(state="detached")  # it was about another prompt
 
 
+@pytest.mark.slow
 def test_wrong_file_gets_a_sentence_and_the_photos_stay(page, photos, tmp_path):
     wrong = tmp_path / "notes.txt"
     wrong.write_text("a red chair")

@@ -139,7 +139,7 @@ def said_in(caption: str) -> list[tuple[str, str, str]]:
 
 def test_what_is_said_is_seen():
     kinds: Counter[str] = Counter()
-    for index in range(40):
+    for index in range(20):
         generator = random.Random(f"said {index}")
         scene = draw_scene(generator)
         captions = [*references(scene, generator), description(scene, generator)]
@@ -150,7 +150,7 @@ def test_what_is_said_is_seen():
             for one, saying, other in said_in(caption):
                 assert HOLDS[saying](by_word[one], by_word[other]), (index, caption)
                 kinds[saying] += 1
-    assert kinds.keys() == HOLDS.keys() - {"within"} and sum(kinds.values()) > 200, kinds
+    assert kinds.keys() == HOLDS.keys() - {"within"} and sum(kinds.values()) > 100, kinds
 
 
 def test_the_check_can_fail():

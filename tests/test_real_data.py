@@ -143,6 +143,7 @@ def test_features_alone_over_a_real_language_model(tmp_path, record_property):
 
 @needs_slide_features
 @needs_stories
+@pytest.mark.slow
 def test_a_slide_that_another_tool_has_extracted(tmp_path, record_property):
     """777 tiles in one .h5 file, 512 wide, their positions in it: a bag as it is."""
     record = {"id": "TCGA-AD-6964", "features": str(TCGA), "captions": ["the tiles of one slide"]}

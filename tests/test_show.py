@@ -132,6 +132,7 @@ def test_the_page_needs_nothing_and_runs_nothing(shop):
     assert html.count("alt=") == len(sources)
 
 
+@pytest.mark.slow
 def test_patches_in_no_square_are_a_note_on_the_page(shop):
     model = MivpgForConditionalGeneration.from_pretrained(shop / "model")
     processor = MivpgProcessor.from_pretrained(shop / "model")
