@@ -124,11 +124,11 @@ def test_minigpt4_trains_the_linear_layer_alone():
     ]
 
 
-ONE_OF_EACH_KIND = {"qformer_per_image", "abmil", "perceiver"}
+THREE_KINDS = {"qformer_per_image", "abmil", "perceiver"}
 
 
 @pytest.mark.parametrize(
-    "aggregator", [pytest.param(name, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.slow) for name in IN_PLACE]
+    "aggregator", [pytest.param(name, marks=() if name in THREE_KINDS else pytest.mark.slow) for name in IN_PLACE]
 )
 def test_it_trains_and_its_checkpoint_is_what_trained(tmp_path, aggregator):
     lines = []

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,14 +35,9 @@ from mivpg.datasets import BagFileConfig, CocoConfig, DatasetConfig, PatchGastri
 from mivpg.miniature import BASE_MODEL
 from test_abo import Shop
 from test_images import png_of
+from warm import Result
 
 FAST = ("--num-beams", 1, "--max-new-tokens", 6)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def mivpg(*arguments: Any) -> Result:

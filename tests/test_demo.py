@@ -27,8 +27,9 @@ from mivpg.miniature.traits import (
     trait_accuracies,
 )
 from mivpg.report import BagExample
-from test_cli import Result, mivpg, one_line
+from test_cli import mivpg, one_line
 from test_readme import commands_of
+from warm import Result
 
 ARM_NAMES = {"zero_shot", "single_image", "patch_concatenation", "mivpg_without_csa", "mivpg"}
 METRICS = {"BLEU@4", "METEOR", "ROUGE_L", "CIDEr"}

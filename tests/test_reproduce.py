@@ -98,17 +98,22 @@ def only(known, chosen):
     }
 
 
+def make_small(patch, arms):
+    """A run of `reproduce` takes seconds: few bags, a base of few steps, and those arms."""
+    patch.setitem(SCALES, "miniature", tiny_scale())
+    patch.setattr(reproduce, "experiments", arms)
+    patch.setattr(base, "NUM_HELD_OUT", 12)
+    patch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, quick_meteor):
     """Every experiment with two seeds, and one run that fails."""
     out = tmp_path_factory.mktemp("reproduce") / "out"
     patch = pytest.MonkeyPatch()
-    patch.setitem(SCALES, "miniature", tiny_scale())
-    patch.setattr(reproduce, "experiments", few_arms)
-    patch.setattr(base, "NUM_HELD_OUT", 12)
+    make_small(patch, few_arms)
     patch.setattr(costs, "NUM_IMAGES", (1, 2))
     patch.setattr(costs, "MivpgConfig", smaller)
-    patch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
     broken = out / "runs" / "slides" / "seed-1" / "induced"
 
     def claim(folder, *settings):
@@ -251,10 +256,7 @@ def test_arms_with_models_of_their_own(tmp_path, monkeypatch):
         "table4": {("slides", "csa"), ("slides", "csa_other")},
         "figure8": {("scenes", "ppeg_16"), ("scenes", "unfrozen_larger_16")},
     }
-    monkeypatch.setitem(SCALES, "miniature", tiny_scale())
-    monkeypatch.setattr(reproduce, "experiments", lambda scale: only(experiments(scale), chosen))
-    monkeypatch.setattr(base, "NUM_HELD_OUT", 12)
-    monkeypatch.setattr(data, "make_encoder_decoder_base", lambda out: make_encoder_decoder_base(out, TINY_BASE))
+    make_small(monkeypatch, lambda scale: only(experiments(scale), chosen))
     results = reproduce.reproduce(["table1", "table4", "figure8"], scale="miniature", out=out, num_seeds=1)
     for name, found in results.items():
         assert {(row["data"], row["arm"]) for row in found["rows"]} == chosen[name]
