@@ -843,11 +843,19 @@ def test_a_config_that_is_none(tmp_path, text, message):
         ({"learning_rate": "fast"}, 2, 'Invalid value for [learning_rate] from {config}: unable to convert "fast"'),
         ({"dataset": {"bag_file": {"split_seed": 3}}}, 1, "{config}: dataset.bag_file.path is missing; add it, or "),
         ({"dataset": {}}, 1, "dataset names nothing, expected one of bag_file, abo, patch_gastric, coco."),
+        ({"num_train_epochs": 0}, 1, "{config}: num_train_epochs is 0, expected at least 1."),
+        ({"validation": {"num_beams": 0}}, 1, "{config}: num_beams is 0, expected at least 1."),
     ],
 )
 def test_a_field_of_another_kind(world, tmp_path, fields, code, message):
     config = world.config(tmp_path, **fields)
     assert refusal(tmp_path, "train", config, code=code).startswith(message.format(config=config))
+
+
+def test_a_value_that_no_run_can_have_is_of_the_file_or_of_the_command_line(world, tmp_path):
+    config = world.config(tmp_path, batch_size=0)
+    assert refusal(tmp_path, "train", config, "--seed", 1).startswith(f"{config}: batch_size is 0, expected at least")
+    assert refusal(tmp_path, "train", config, "--batch-size=-1").startswith("batch_size is -1, expected at least 1.")
 
 
 @pytest.mark.parametrize(

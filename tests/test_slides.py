@@ -1,6 +1,7 @@
 """Slides: which tiles hold tissue, what is read of them, and how they become bags of features."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -160,10 +161,19 @@ class TestTiles:
         with pytest.raises(BagError, match=r"cut\.tif (is damaged at|is no slide)"):
             find_tiles(tmp_path / "cut.tif", SMALL)
 
-    @pytest.mark.parametrize("wrong", [{"mpp": 0}, {"size": 0}, {"min_tissue": 1.5}, {"slide_mpp": -1}])
-    def test_options_that_no_slide_has(self, wrong):
-        with pytest.raises(MivpgError, match=r"are greater than 0, min_tissue is 0 to 1"):
-            TileOptions(**wrong)
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("mpp", 0, "a number greater than 0"),
+            ("mpp", math.nan, "a number greater than 0"),
+            ("size", 0, "a number greater than 0"),
+            ("slide_mpp", -1, "a number greater than 0"),
+            ("min_tissue", 1.5, "0 to 1"),
+        ],
+    )
+    def test_options_that_no_slide_has(self, name, value, expected):
+        with pytest.raises(MivpgError, match=rf"^{name} is {value}, expected {expected}\.$"):
+            TileOptions(**{name: value})
 
     def test_never_more_than_a_block_is_read(self, tmp_path, monkeypatch):
         read, sizes = slides._read, []

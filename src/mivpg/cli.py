@@ -755,7 +755,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         only: The fields to take from the file, which may have others; by default it may hold nothing unknown.
 
     Raises:
-        MivpgError: The file cannot be read.
+        MivpgError: The file cannot be read, or holds a value that no run can have; it is named.
         CycloptsError: A field is unknown, missing or of another type.
     """
     from mivpg.files import read_yaml
@@ -773,7 +773,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         sources.append(FileFields(file, values, only))
     inner = App(name=usage, config=sources, default_command=start, version_flags=[], suppress_keyboard_interrupt=False)
     try:
-        inner(overrides, exit_on_error=False, print_error=False, result_action="return_value")
+        command, bound, _ = inner.parse_args(overrides, exit_on_error=False, print_error=False)
     except UnknownOptionError as error:
         known = [field(argument.name) for argument in inner.assemble_argument_collection()]
         wanted = field(error.token.keyword or "")
@@ -794,6 +794,17 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         # a list too short or too long, or a list where fields were expected, of which cyclopts names no argument
         where = "" if error.argument is None else f" {field(error.argument.name)}:"
         raise MivpgError(f"{file}:{where} {error}") from None
+    except MivpgError as error:  # of a config's own checks, which know the field and not where it stood
+        given = {last_name(word.partition("=")[0]) for word in overrides if word.startswith("--")}
+        if file is None or last_name(str(error).partition(" ")[0]) in given:
+            raise
+        raise MivpgError(f"{file}: {error}") from None
+    command(*bound.args, **bound.kwargs)
+
+
+def last_name(option: str) -> str:
+    """num_beams of --validation.num-beams."""
+    return field(option).rpartition(".")[2]
 
 
 def field(name: str) -> str:

@@ -7,6 +7,7 @@ It takes OpenSlide: `pip install 'mivpg[slides]'`.
 """
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +51,11 @@ class TileOptions:
     """Microns per pixel of the slide itself, for files that do not say; by default what the file says."""
 
     def __post_init__(self) -> None:
-        if self.mpp <= 0 or self.size < 1 or not 0 <= self.min_tissue <= 1 or (self.slide_mpp or 1) <= 0:
-            raise MivpgError(f"{self}: mpp, size and slide_mpp are greater than 0, min_tissue is 0 to 1.")
+        for name in ("mpp", "size", "slide_mpp"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise MivpgError(f"{name} is {value}, expected a number greater than 0.")
+        if not 0 <= self.min_tissue <= 1:
+            raise MivpgError(f"min_tissue is {self.min_tissue}, expected 0 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)

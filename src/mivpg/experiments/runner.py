@@ -12,11 +12,11 @@ import multiprocessing.connection
 import os
 import resource
 import signal
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -384,8 +384,7 @@ def _run_one(run: Run, gpu: str | None) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    with run.log.open("a", encoding="utf-8") as log:
-        sys.stdout = sys.stderr = log
+    with run.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             run.claim()
             run.execute()
