@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from math import isclose
 from pathlib import Path
@@ -504,7 +505,7 @@ def served(embedded, tmp_path_factory) -> Iterator[Served]:
         patch.setenv("GRADIO_EXAMPLES_CACHE", folder)
         page = app.build_page(*embedded, name="the miniature", max_files=6, max_file_mb=1)
         try:
-            yield Served(app.launch(page, host="127.0.0.1", port=None, max_file_mb=1))
+            yield Served(app.launch(page, host="127.0.0.1", port=None, max_files=6, max_file_mb=1))
         finally:
             page.close(verbose=False)
 
@@ -588,6 +589,16 @@ def test_large_file_is_cut_off_while_it_arrives(served):
     assert b"maximum allowed size" in answer
 
 
+@needs_gradio
+def test_more_than_the_page_reads_is_refused_before_it_arrives(served):
+    """No byte of it is sent here, so an answer that came later would not come."""
+    post = partial(served.request, "POST", "/gradio_api/upload", Content_Type="multipart/form-data; boundary=x")
+    assert post(Content_Length=str(8 * 2**20)) == (413, b"Too much at once; the page reads 6 files of 1 MB.")
+    assert post(Transfer_Encoding="chunked") == (411, b"Say how long it is (Content-Length).")
+    assert post(Content_Length="a lot")[0] == 400
+    assert post(b"--x--\r\n")[0] == 200
+
+
 FOREIGN = (
     "elsewhere.example",
     "127.0.0.1.elsewhere.example",
@@ -616,7 +627,7 @@ def test_every_loopback_address_answers_to_its_own_names_alone(host):
     with gradio.Blocks(analytics_enabled=False) as page:
         pass
     try:
-        served = Served(app.launch(page, host=host, port=None, max_file_mb=1))
+        served = Served(app.launch(page, host=host, port=None, max_files=6, max_file_mb=1))
         port = served.host.rsplit(":", 1)[1]
         assert served.request("GET", "/config")[0] == 200
         for name in ("localhost", "LOCALHOST", "127.0.0.1", "127.0.0.2", "[::1]"):
@@ -674,7 +685,7 @@ def test_another_failure_is_said_as_it_is(monkeypatch):
 
     monkeypatch.setattr(gradio.Blocks, "launch", fail)
     with pytest.raises(MivpgError, match=r"could not be served there: .*No space left on device"):
-        app.launch(gradio.Blocks(), host="127.0.0.1", port=None, max_file_mb=1)
+        app.launch(gradio.Blocks(), host="127.0.0.1", port=None, max_files=6, max_file_mb=1)
 
 
 @needs_gradio

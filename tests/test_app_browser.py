@@ -52,7 +52,7 @@ def address(tmp_path_factory) -> Iterator[str]:
         patch.setenv("GRADIO_EXAMPLES_CACHE", folder)
         page = app.build_page(model, processor, name=NAME, max_files=8, max_file_mb=1)
         try:
-            yield app.launch(page, host="127.0.0.1", port=None, max_file_mb=1)
+            yield app.launch(page, host="127.0.0.1", port=None, max_files=8, max_file_mb=1)
         finally:
             page.close(verbose=False)
 

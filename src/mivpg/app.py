@@ -1,7 +1,7 @@
 """A page to try a model in: photos in, a caption out, and what it was read from. `mivpg app` serves it with Gradio.
 
 What the page reads is in `app_bags.py`, what the model says of it in `app_answers.py`, how both are shown in
-`app_html.py`, and by which names the server may be asked in `app_hosts.py`.
+`app_html.py`, and what the server may be asked and sent in `app_hosts.py`.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mivpg.app_answers import MAX_PROMPT, Result, as_json, caption_opened, leave_out
 from mivpg.app_bags import OpenedBag, Progress, generated_products, open_files, open_pictures
-from mivpg.app_hosts import OwnNames, check_address, is_loopback
+from mivpg.app_hosts import LimitedUploads, OwnNames, check_address, is_loopback
 from mivpg.app_html import (
     COPY_JSON,
     CSS,
@@ -179,13 +179,14 @@ def build_page(
     return page.queue(default_concurrency_limit=1, max_size=16, api_open=False)
 
 
-def launch(page: "gradio.Blocks", *, host: str, port: int | None, max_file_mb: int) -> str:
+def launch(page: "gradio.Blocks", *, host: str, port: int | None, max_files: int, max_file_mb: int) -> str:
     """Starts to serve a page, without waiting.
 
     Args:
         page: What `build_page` made.
         host: The address to listen on.
         port: By default the first free one from 7860.
+        max_files: So many of the largest are taken at once.
         max_file_mb: Larger files are cut off while they arrive.
 
     Raises:
@@ -198,6 +199,8 @@ def launch(page: "gradio.Blocks", *, host: str, port: int | None, max_file_mb: i
     from starlette.middleware import Middleware
 
     check_address(host, port)
+    layers = [Middleware(OwnNames, host=host)] if is_loopback(host) else []
+    layers.append(Middleware(LimitedUploads, max_files=max_files, max_file_mb=max_file_mb))
     theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     theme.set(  # Gradio's own white on orange, and its pale grey, are hard to read
         button_primary_background_fill="#2f6690",
@@ -218,7 +221,7 @@ def launch(page: "gradio.Blocks", *, host: str, port: int | None, max_file_mb: i
             enable_monitoring=False,
             ssr_mode=False,
             mcp_server=False,
-            app_kwargs={"middleware": [Middleware(OwnNames, host=host)] if is_loopback(host) else []},
+            app_kwargs={"middleware": layers},
             theme=theme,
             css=CSS,
         )
@@ -259,7 +262,7 @@ def serve(
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": folder}
         page = build_page(model, processor, name=name, max_files=max_files, max_file_mb=max_file_mb)
         try:
-            print(launch(page, host=host, port=port, max_file_mb=max_file_mb), flush=True)
+            print(launch(page, host=host, port=port, max_files=max_files, max_file_mb=max_file_mb), flush=True)
             threading.Event().wait()
         finally:
             page.close(verbose=False)

@@ -1,4 +1,4 @@
-"""Where the page is served: whether that address and port can be had, and by which names it may be asked there."""
+"""Where the page is served: whether that address and port can be had, by which names it may be asked, how much sent."""
 
 import errno
 import ipaddress
@@ -100,3 +100,35 @@ class OwnNames:
             return False
         name = (parts[1] or parts[2]).lower()
         return name in self.names or _is_loopback_address(name)
+
+
+class LimitedUploads:
+    """An ASGI layer that refuses a request before it arrives, where it brings more bytes than the page would read.
+
+    Gradio limits each file while it arrives, and their number to a thousand; the page counts them when all are there.
+
+    Args:
+        app: What answers the others.
+        max_files: In one upload.
+        max_file_mb: Of the largest.
+    """
+
+    def __init__(self, app: Any, max_files: int, max_file_mb: int):
+        self.app = app
+        self.max_bytes = (max_files * max_file_mb + 1) * 2**20  # one for what stands between the files
+        self.sentence = f"Too much at once; the page reads {max_files} files of {max_file_mb} MB."
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            from starlette.responses import PlainTextResponse
+
+            headers = dict(scope["headers"])  # the server has refused a length that is no number, and two of them
+            refusal = None
+            if b"transfer-encoding" in headers:
+                refusal = PlainTextResponse("Say how long it is (Content-Length).", status_code=411)
+            elif int(headers.get(b"content-length", 0)) > self.max_bytes:
+                refusal = PlainTextResponse(self.sentence, status_code=413)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
