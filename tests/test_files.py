@@ -34,6 +34,15 @@ def test_a_lock_that_a_killed_run_has_left_is_taken(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_stays_hides_no_other_error(tmp_path, monkeypatch):
+    def unlink(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(MivpgError, match="what happened"), only_writer(tmp_path / "out.jsonl"):
+        monkeypatch.setattr(type(tmp_path), "unlink", unlink)
+        raise MivpgError("what happened")
+
+
 @pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False)])
 def test_where_no_file_can_be_locked_none_is(tmp_path, monkeypatch, number, goes_on):
     def acquire(self):

@@ -455,6 +455,24 @@ def test_a_run_folder_in_use(world, tmp_path, scores, capsys):
         train(replace(config, output_dir=tmp_path / "notes" / "todo.txt"))
 
 
+def test_a_run_that_another_process_goes_on_with(world, tmp_path, scores, monkeypatch):
+    config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=2, save_steps=2)
+    refused = []
+
+    def resume_it_too(self, args, state, control, **kwargs):
+        if state.global_step == 3 and not refused:
+            with pytest.raises(MivpgError) as error:
+                train(config, resume=True)
+            refused.append(str(error.value))
+
+    monkeypatch.setattr(training.RunCallback, "on_step_begin", resume_it_too, raising=False)
+    best = train(config)
+    assert refused == [
+        f"{tmp_path / 'run' / 'config.yaml'} is being written by another run; wait for it, or choose another name."
+    ]
+    assert {path.name for path in best.parent.glob("config*")} == {"config.yaml"}
+
+
 def test_resuming_with_other_bags(world, tmp_path, scores):
     config = tiny_train_config(world, output_dir=tmp_path / "run")
     file = world / "growing.jsonl"

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -50,7 +50,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def only_writer(file: Path) -> Iterator[None]:
-    """Keeps other runs from writing the same file; a run that is killed lets go of it.
+    """Keeps other runs from writing the same file, or what belongs to it; a run that is killed lets go of it.
 
     Where the file system knows no locks there is none.
 
@@ -72,7 +72,8 @@ def only_writer(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock_file.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may have become read-only, which what ends here tells better
+            lock_file.unlink()
         lock.release()
 
 

@@ -21,7 +21,7 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -72,7 +72,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer, caption_floors
 from mivpg.feature_files import features_shape
-from mivpg.files import DAMAGE, read_yaml, write_whole
+from mivpg.files import DAMAGE, only_writer, read_yaml, write_whole
 from mivpg.loading import load_config
 from mivpg.miniature.folders import MADE_BY
 from mivpg.model_card import DATA_LICENCES, MODEL, NOT_KNOWN, Training, write_model_card
@@ -367,9 +367,16 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         save_every=config.save_steps,
     )
     data = _describe_data(train_samples, val_samples, trainer.sampler.block)
+    trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
+    with only_writer(config.output_dir / CONFIG_FILE) if args.should_save else nullcontext():
+        _train_from(checkpoint, trainer, config, data)
+        return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
+
+
+def _train_from(checkpoint: str | None, trainer: "MivpgTrainer", config: TrainConfig, data: dict[str, Any]) -> None:
+    """Trains from a checkpoint, or from the beginning, to the end; `data` says what is trained on."""
     if checkpoint is None:
-        trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
-        if args.should_save:
+        if trainer.args.should_save:
             _write(config.output_dir / CONFIG_FILE, _as_plain(config))
             _write(config.output_dir / DATA_FILE, data)
     else:
@@ -393,7 +400,6 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
                 f"lower num_workers ({config.num_workers}) or batch_size ({config.batch_size}). The last good "
                 f"checkpoint is {get_last_checkpoint(config.output_dir) or 'none'}; go on from it with --resume."
             ) from error
-    return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
 
 
 def _check_can_divide() -> None:
