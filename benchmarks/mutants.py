@@ -246,7 +246,7 @@ class Tests:
             self.tests_of[_file_of(test)].append(test)
 
     def for_mutant(self, mutant: Mutant) -> list[list[str]]:
-        """Tests by file, those first that are likely to find it soon, `SECONDS` of them."""
+        """Tests by file, `SECONDS` of them: the quickest case of every test function, then the second, and so on."""
         wanted = ROOT / f"src/mivpg/{mutant.file}.py"
         path = next(path for path in self.data.measured_files() if ROOT / path == wanted)
         contexts = self.data.contexts_by_lineno(path)
@@ -255,16 +255,11 @@ class Tests:
         chosen, left = [], float(SECONDS)
         for tests in (on_line, on_file - on_line):
             by_file: defaultdict[str, list[str]] = defaultdict(list)
-            for test in tests:
-                by_file[_file_of(test)].append(test)
-            for those in sorted(by_file.values(), key=lambda those: (self._mean_seconds(those), those)):
-                taken = []
-                for test in self._in_turn(those):
-                    if self.seconds[test] <= left:
-                        taken.append(test)
-                        left -= self.seconds[test]
-                if taken:
-                    chosen.append(taken)
+            for test in self._in_turn(tests):
+                if self.seconds[test] <= left:
+                    by_file[_file_of(test)].append(test)
+                    left -= self.seconds[test]
+            chosen += sorted(by_file.values(), key=lambda those: (self._mean_seconds(those), those))
         return chosen
 
     def _named(self, contexts: Iterable[str]) -> set[str]:

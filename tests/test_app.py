@@ -590,7 +590,7 @@ def test_large_file_is_cut_off_while_it_arrives(served):
 
 
 @needs_gradio
-def test_more_than_the_page_reads_is_refused_before_it_arrives(served):
+def test_more_than_the_page_reads_is_refused_before_it_is_stored(served):
     """No byte of it is sent here, so an answer that came later would not come."""
     post = partial(served.request, "POST", "/gradio_api/upload", Content_Type="multipart/form-data; boundary=x")
     assert post(Content_Length=str(8 * 2**20)) == (413, b"Too much at once; the page reads 6 files of 1 MB.")
@@ -716,7 +716,7 @@ def test_limits_below_one_are_refused():
 
 @needs_gradio
 def test_command_serves_writes_nothing_and_clears_up(tmp_path):
-    """Started as a user starts it, in a folder of its own, as from an installation that nobody may write to."""
+    """In a process and a folder of its own, as from an installation that nobody may write to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -856,6 +856,8 @@ def test_a_value_that_no_run_can_have_is_of_the_file_or_of_the_command_line(worl
     config = world.config(tmp_path, batch_size=0)
     assert refusal(tmp_path, "train", config, "--seed", 1).startswith(f"{config}: batch_size is 0, expected at least")
     assert refusal(tmp_path, "train", config, "--batch-size=-1").startswith("batch_size is -1, expected at least 1.")
+    config = world.config(tmp_path, validation={"max_new_tokens": 8})
+    assert refusal(tmp_path, "train", config, "--validation", '{"num_beams": 0}').startswith("num_beams is 0, expected")
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,19 @@ def test_instance_correlation(name: str) -> None:
     assert weights.read == set(weights.arrays)
 
 
+@pytest.mark.parametrize("name", [name for name in CORRELATIONS if name != "nystrom"])  # which drops none
+@torch.no_grad()
+def test_attention_weights_are_dropped_in_training_alone(name: str) -> None:
+    config = MivpgQFormerConfig(hidden_size=16, num_attention_heads=4, encoder_hidden_size=12, num_inducing_points=3)
+    part, _ = randomized(CORRELATIONS[name](config))
+    inputs = torch.randn(1, 7, 12).double(), None, *torch.randn(2, 1, 5, 16).double()
+    part.attention_dropout = 0.0
+    expected = part(*inputs)
+    part.attention_dropout = 0.5
+    assert torch.equal(part.eval()(*inputs), expected)
+    assert (part.train()(*inputs) - expected).abs().max() > EFFECT
+
+
 @torch.no_grad()
 def test_nystrom_with_a_landmark_each_is_self_attention() -> None:
     """Not our transcription but mathematics: A pinv(A) A = A, so with every instance a landmark nothing is lost."""

@@ -321,3 +321,5 @@ def test_a_caption_names_the_label_of_the_training_caption_next_to_it():
     captions = {"c": "a round cell, red", "d": "flat blue", "e": "round red"}
     assert share_naming_the_label(captions, train, test) == 2 / 3
     assert share_naming_the_label(dict.fromkeys("cde", "nothing of it"), train, test) == 0
+    longer = sample("f", "a round red cell beside many others that are green", label="z")  # shares as many words
+    assert share_naming_the_label(captions, [*train, longer], test) == 2 / 3

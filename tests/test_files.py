@@ -43,7 +43,10 @@ def test_a_lock_that_stays_hides_no_other_error(tmp_path, monkeypatch):
         raise MivpgError("what happened")
 
 
-@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False)])
+@pytest.mark.parametrize(
+    ("number", "goes_on"),
+    [(errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EOPNOTSUPP, True), (errno.EACCES, False)],
+)
 def test_where_no_file_can_be_locked_none_is(tmp_path, monkeypatch, number, goes_on):
     def acquire(self):
         raise OSError(number, "no locks")

@@ -719,6 +719,9 @@ def test_a_text_without_a_mask_is_real_throughout():
     options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
     expected, found = model.generate(**with_mask, **options), model.generate(**inputs, **options)
     assert all(torch.equal(one, other) for one, other in zip(found.logits, expected.logits, strict=True))
+    beams = options | {"num_beams": 3, "output_scores": True}  # where the prompts are read before, once a bag
+    expected_beams, found_beams = model.generate(**with_mask, **beams), model.generate(**inputs, **beams)
+    assert torch.equal(found_beams.sequences_scores, expected_beams.sequences_scores)
     shorter = model.generate(**cut, **options)
     assert (shorter.logits[0] - expected.logits[0]).abs().max() > 1e-3
 

@@ -134,7 +134,8 @@ def test_a_disk_that_takes_nothing(config, small_disk, capsys, damage):
     run_dir = small_disk / "run"
     run_dir.mkdir()
     damage(small_disk)
-    assert str(run_dir) in stopped(capsys, config, "--output-dir", run_dir)
+    line = stopped(capsys, config, "--output-dir", run_dir)
+    assert line.startswith(f"mivpg: {run_dir / 'config.yaml'} cannot be written: ") and " MB are free)" in line
     make_writable(small_disk)
     goes_on(config, run_dir)
 

@@ -164,10 +164,11 @@ class TestTiles:
     @pytest.mark.parametrize(
         ("name", "value", "expected"),
         [
-            ("mpp", 0, "a number greater than 0"),
-            ("mpp", math.nan, "a number greater than 0"),
-            ("size", 0, "a number greater than 0"),
-            ("slide_mpp", -1, "a number greater than 0"),
+            ("mpp", 0, "a finite number greater than 0"),
+            ("mpp", math.nan, "a finite number greater than 0"),
+            ("mpp", math.inf, "a finite number greater than 0"),
+            ("size", 0, "a finite number greater than 0"),
+            ("slide_mpp", -1, "a finite number greater than 0"),
             ("min_tissue", 1.5, "0 to 1"),
         ],
     )

@@ -455,7 +455,7 @@ def test_a_run_folder_in_use(world, tmp_path, scores, capsys):
         train(replace(config, output_dir=tmp_path / "notes" / "todo.txt"))
 
 
-def test_a_run_that_another_process_goes_on_with(world, tmp_path, scores, monkeypatch):
+def test_a_run_that_goes_on_twice_at_a_time(world, tmp_path, scores, monkeypatch):
     config = tiny_train_config(world, output_dir=tmp_path / "run", num_train_epochs=2, save_steps=2)
     refused = []
 
@@ -468,9 +468,17 @@ def test_a_run_that_another_process_goes_on_with(world, tmp_path, scores, monkey
     monkeypatch.setattr(training.RunCallback, "on_step_begin", resume_it_too, raising=False)
     best = train(config)
     assert refused == [
-        f"{tmp_path / 'run' / 'config.yaml'} is being written by another run; wait for it, or choose another name."
+        f"output_dir: another process trains in {tmp_path / 'run'}; wait for it, or name a new folder.",
     ]
     assert {path.name for path in best.parent.glob("config*")} == {"config.yaml"}
+
+
+def test_a_run_that_was_killed_before_it_began(world, tmp_path, scores):
+    """Its folder holds a lock, which nobody has."""
+    config = tiny_train_config(world, output_dir=tmp_path / "runs" / "run", num_train_epochs=1)
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / "config.yaml.lock").touch()
+    assert train(config).is_dir()
 
 
 def test_resuming_with_other_bags(world, tmp_path, scores):

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from mivpg.experiments.runner import clean_processes
@@ -81,6 +82,7 @@ class Program:
 def _start(words: list[str], environment: dict[str, str], folder: Path, files: list[Path], num_processes: int) -> None:
     """What happens in the process."""
     gc.freeze()
+    np.random.seed()  # noqa: NPY002 (the global one; Python's begins anew in a process that is forked, this one does not)
     torch.set_num_threads(1)  # as in the tests: sums have to come out the same bit for bit
     multiprocessing.set_start_method(None, force=True)  # as it is where a program begins
     os.environ.clear()

@@ -103,7 +103,7 @@ class OwnNames:
 
 
 class LimitedUploads:
-    """An ASGI layer that refuses a request before it arrives, where it brings more bytes than the page would read.
+    """An ASGI layer that refuses a request before any of it is stored, where it brings more bytes than the page reads.
 
     Gradio limits each file while it arrives, and their number to a thousand; the page counts them when all are there.
 

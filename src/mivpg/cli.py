@@ -755,7 +755,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         only: The fields to take from the file, which may have others; by default it may hold nothing unknown.
 
     Raises:
-        MivpgError: The file cannot be read, or holds a value that no run can have; it is named.
+        MivpgError: The file cannot be read, or a value is one that no run can have; a file that has it is named.
         CycloptsError: A field is unknown, missing or of another type.
     """
     from mivpg.files import read_yaml
@@ -763,7 +763,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
     if not arguments:
         raise MivpgError(f"name what to do: {usage} [--FIELD VALUE …].")
     sources = []
-    file, overrides = None, list(arguments)
+    file, in_file, overrides = None, set(), list(arguments)
     if overrides and not overrides[0].startswith("-"):
         file = Path(overrides.pop(0))
         values = read_yaml(file)
@@ -771,6 +771,7 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
             found = "nothing" if values is None else type(values).__name__
             raise MivpgError(f"{file}: found {found}, expected fields and their values in YAML ({usage}).")
         sources.append(FileFields(file, values, only))
+        in_file = all_names(sources[0].values)
     inner = App(name=usage, config=sources, default_command=start, version_flags=[], suppress_keyboard_interrupt=False)
     try:
         command, bound, _ = inner.parse_args(overrides, exit_on_error=False, print_error=False)
@@ -796,10 +797,17 @@ def parse(usage: str, start: Any, arguments: tuple[str, ...], only: tuple[str, .
         raise MivpgError(f"{file}:{where} {error}") from None
     except MivpgError as error:  # of a config's own checks, which know the field and not where it stood
         given = {last_name(word.partition("=")[0]) for word in overrides if word.startswith("--")}
-        if file is None or last_name(str(error).partition(" ")[0]) in given:
-            raise
-        raise MivpgError(f"{file}: {error}") from None
+        if last_name(str(error).partition(" ")[0]) in in_file - given:
+            raise MivpgError(f"{file}: {error}") from None
+        raise
     command(*bound.args, **bound.kwargs)
+
+
+def all_names(values: Any) -> set[str]:
+    """Of fields, and of the fields within them."""
+    if not isinstance(values, dict):
+        return set()
+    return {str(name) for name in values}.union(*map(all_names, values.values()))
 
 
 def last_name(option: str) -> str:

@@ -35,6 +35,10 @@ DAMAGE = (
 """What the libraries that decode raise for a damaged file; they do not say, so this list is from fuzzing."""
 
 
+LOCK = ".lock"
+"""Ends the name of an empty file that is there while a run writes what it is named after, and after a kill."""
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Writes a file, which gets its name when it is on the disk; where that fails, an old one stays as it was."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,15 +63,16 @@ def only_writer(file: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock_file = file.with_name(file.name + ".lock")
+    lock_file = file.with_name(file.name + LOCK)
     file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(lock_file, blocking=False)
+    # instead of a lock it would leave a file that says which machine's process it is, and stays when that is killed
+    lock = FileLock(lock_file, blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise MivpgError(f"{file} is being written by another run; wait for it, or choose another name.") from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     try:
         yield

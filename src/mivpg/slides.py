@@ -53,7 +53,7 @@ class TileOptions:
     def __post_init__(self) -> None:
         for name in ("mpp", "size", "slide_mpp"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise MivpgError(f"{name} is {value}, expected a number greater than 0.")
+                raise MivpgError(f"{name} is {value}, expected a finite number greater than 0.")
         if not 0 <= self.min_tissue <= 1:
             raise MivpgError(f"min_tissue is {self.min_tissue}, expected 0 to 1.")
 

@@ -21,7 +21,7 @@ import textwrap
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -72,7 +72,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer, caption_floors
 from mivpg.feature_files import features_shape
-from mivpg.files import DAMAGE, only_writer, read_yaml, write_whole
+from mivpg.files import DAMAGE, LOCK, only_writer, read_yaml, write_whole
 from mivpg.loading import load_config
 from mivpg.miniature.folders import MADE_BY
 from mivpg.model_card import DATA_LICENCES, MODEL, NOT_KNOWN, Training, write_model_card
@@ -321,6 +321,11 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     if config.fsdp:
         _check_can_divide()
+    with _alone_in(config.output_dir):
+        return _train(config, resume)
+
+
+def _train(config: TrainConfig, resume: bool) -> Path:
     checkpoint = _find_checkpoint(config, resume)
     samples = config.dataset.load()
     train_samples, val_samples = select(samples, "train"), select(samples, "val")
@@ -367,16 +372,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
         save_every=config.save_steps,
     )
     data = _describe_data(train_samples, val_samples, trainer.sampler.block)
-    trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
-    with only_writer(config.output_dir / CONFIG_FILE) if args.should_save else nullcontext():
-        _train_from(checkpoint, trainer, config, data)
-        return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
-
-
-def _train_from(checkpoint: str | None, trainer: "MivpgTrainer", config: TrainConfig, data: dict[str, Any]) -> None:
-    """Trains from a checkpoint, or from the beginning, to the end; `data` says what is trained on."""
     if checkpoint is None:
-        if trainer.args.should_save:
+        trainer.accelerator.wait_for_everyone()  # each process has found the folder empty
+        if args.should_save:
             _write(config.output_dir / CONFIG_FILE, _as_plain(config))
             _write(config.output_dir / DATA_FILE, data)
     else:
@@ -400,6 +398,35 @@ def _train_from(checkpoint: str | None, trainer: "MivpgTrainer", config: TrainCo
                 f"lower num_workers ({config.num_workers}) or batch_size ({config.batch_size}). The last good "
                 f"checkpoint is {get_last_checkpoint(config.output_dir) or 'none'}; go on from it with --resume."
             ) from error
+    return trainer.publish_best(*_data_for_card(config.dataset, train_samples))
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a run folder, and leaves none that is empty. Of a run's processes the first does it.
+
+    Raises:
+        MivpgError: Another run is in it, or it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MivpgError(f"output_dir: {folder} is a file, expected a folder.")
+    if int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with ExitStack() as stack:
+            with _writing(folder / CONFIG_FILE, folder):
+                try:
+                    stack.enter_context(only_writer(folder / CONFIG_FILE))
+                except MivpgError:
+                    message = f"output_dir: another process trains in {folder}; wait for it, or name a new folder."
+                    raise MivpgError(message) from None
+            yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # most are no longer empty
+                path.rmdir()
 
 
 def _check_can_divide() -> None:
@@ -417,9 +444,7 @@ def _find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
         MivpgError: The folder holds files and is not to be resumed, or holds what another config has begun.
     """
     folder = config.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise MivpgError(f"output_dir: {folder} is a file, expected a folder.")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(file.suffix == LOCK for file in folder.iterdir()):
         return None
     if not resume:
         raise MivpgError(f"output_dir: {folder} is not empty; resume the run in it (--resume) or name a new folder.")
@@ -1016,10 +1041,12 @@ def _writing(what: Path, run_dir: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' are no OSErrors
         shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
-        free = shutil.disk_usage(run_dir).free / 1e6
+        there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free / 1e6
+        last = get_last_checkpoint(run_dir) if there == run_dir else None
         raise MivpgError(
             f"{what} cannot be written: {' '.join(str(error).split())} ({free:.0f} MB are free); the last good "
-            f"checkpoint is {get_last_checkpoint(run_dir) or 'none'}. Mend that and go on from it with --resume."
+            f"checkpoint is {last or 'none'}. Mend that and go on from it with --resume."
         ) from error
 
 
