@@ -20,6 +20,7 @@ from transformers import TrainingArguments, set_seed
 from mivpg import training
 from mivpg.bags import BagDataset, BagSampler
 from mivpg.errors import BagError, MivpgError
+from mivpg.files import only_writer
 from mivpg.modeling_mivpg import MivpgForConditionalGeneration
 from mivpg.training import ModelConfig, ShareSampler, train
 from tiny import VISION_WIDTH
@@ -471,6 +472,16 @@ def test_a_run_that_goes_on_twice_at_a_time(world, tmp_path, scores, monkeypatch
         f"output_dir: another process trains in {tmp_path / 'run'}; wait for it, or name a new folder.",
     ]
     assert {path.name for path in best.parent.glob("config*")} == {"config.yaml"}
+
+
+@pytest.mark.slow
+def test_two_processes_are_kept_out_of_a_run(world, tmp_path):
+    """The first is refused, and the other does not wait for it."""
+    with only_writer(tmp_path / "run" / "config.yaml"):
+        code, output = run_script(world, json.dumps([{"output_dir": str(tmp_path / "run")}]), num_processes=2)
+    assert code != 0
+    assert f"output_dir: another process trains in {tmp_path / 'run'}; wait" in output
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_run_that_was_killed_before_it_began(world, tmp_path, scores):

@@ -129,6 +129,7 @@ def _launch(words: list[str], num_processes: int) -> None:
 
 
 def _run_beside_others(words: list[str]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's own, which is inherited, waits for what blocks
     try:
         _run(words)
     except Exception:
