@@ -37,6 +37,19 @@ def test_the_vision_model_sees_what_blip2_sees_at_that_size(resized):
     assert torch.equal(found[0], expected)
 
 
+def test_it_can_be_asked_for_one_batch_alone(resized):
+    """As of BLIP-2, with a model that has no size of its own."""
+    fixed, processor = resized
+    model = MivpgForConditionalGeneration.from_pretrained(
+        BASE_MODEL, patch_pooling="none", instance_correlation="none", dtype="float32"
+    )
+    batch = processor(images=[[photo(), photo()]], text="a photo of")
+    with torch.no_grad():
+        assert torch.equal(model(**batch, interpolate_pos_encoding=True).logits, fixed.eval()(**batch).logits)
+    found = model.generate(**batch, max_new_tokens=4, interpolate_pos_encoding=True)
+    assert torch.equal(found, fixed.generate(**batch, max_new_tokens=4))
+
+
 def test_it_is_saved(resized, tmp_path):
     model, processor = resized
     model.save_pretrained(tmp_path)
