@@ -180,10 +180,12 @@ def test_instance_correlation(name: str) -> None:
     assert weights.read == set(weights.arrays)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [name for name in CORRELATIONS if name != "nystrom"])  # which drops none
 @torch.no_grad()
-def test_attention_weights_are_dropped_in_training_alone(name: str) -> None:
+def test_attention_weights_are_dropped_in_training_alone(name: str, implementation: str) -> None:
     config = MivpgQFormerConfig(hidden_size=16, num_attention_heads=4, encoder_hidden_size=12, num_inducing_points=3)
+    config._attn_implementation = implementation
     part, _ = randomized(CORRELATIONS[name](config))
     inputs = torch.randn(1, 7, 12).double(), None, *torch.randn(2, 1, 5, 16).double()
     part.attention_dropout = 0.0
