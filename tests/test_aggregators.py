@@ -95,6 +95,26 @@ def test_a_ragged_batch_is_its_bags_alone(loaded, aggregator):
     assert together == [caption_bags(model, processor, as_bags([bag]), **generation)[0] for bag in bags]
 
 
+@pytest.mark.parametrize("aggregator", ["perceiver", "qformer_per_image"])
+def test_what_stands_in_padding_reaches_no_gradient(aggregator):
+    """Also of what pools the patches before: 0 * NaN is NaN."""
+    torch.manual_seed(0)
+    model, _ = ModelConfig(base=str(BASE_MODEL), patch_pooling="abmil", **options_of(aggregator)).load()
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    bags = torch.randn(3, 3, TOKENS, WIDTH)
+    gradients = []
+    for value in (0.0, torch.nan):
+        model.zero_grad()
+        prompts = model.get_visual_prompts(bags.masked_fill(mask[:, :, None, None] == 0, value), mask)
+        prompts.embeds.pow(2).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    clean, dirty = gradients
+    assert any(name.startswith("patch_pooling.") and gradient.any() for name, gradient in clean.items())
+    assert all(torch.equal(dirty[name], clean[name]) for name in clean)
+    with pytest.raises(MivpgError, match=r"image_mask is \(3, 2\), image_embeds \(3, 3,"):
+        model.get_visual_prompts(bags, mask[:, :2])
+
+
 def test_qformer_per_image_says_of_each_image_what_the_qformer_says_of_it_alone(loaded):
     model, _ = loaded("qformer_per_image")
     plain = MivpgForConditionalGeneration.from_pretrained(BASE_MODEL, instance_correlation="none").eval()

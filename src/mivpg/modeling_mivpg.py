@@ -346,6 +346,24 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
         Raises:
             MivpgError: Shapes that do not fit together, or all this is to be computed in float16.
         """
+        self._check_bags(image_embeds, image_mask)
+        pooling = self.config.patch_pooling
+        if pooling == "cls":
+            image_embeds = image_embeds[:, :, :1]
+        # Real images alone: what stands in padding, be it NaN, is in no sum and in no gradient.
+        real = gather_real(image_embeds, image_mask).to(self.prompt_dtype)  # (n, P, D)
+        if pooling == "none":
+            instances = self.project_instances(real)
+            instance_mask = None if image_mask is None else image_mask.repeat_interleave(real.shape[1], dim=1)
+        else:
+            instances = self.project_instances(self.pool_patches(real))[:, None]  # (n, 1, D)
+            instance_mask = image_mask
+        if image_mask is None:
+            return instances.unflatten(0, image_embeds.shape[:2]).flatten(1, 2), None
+        return scatter_real(instances, image_mask).flatten(1, 2), instance_mask
+
+    def _check_bags(self, image_embeds: Tensor, image_mask: Tensor | None) -> None:
+        """Raises where shapes do not fit together, a bag has no image, or all this is to be computed in float16."""
         self._refuse_float16()
         if image_embeds.ndim != 4 or image_embeds.shape[-1] != self.config.image_embeds_size:
             raise MivpgError(
@@ -361,20 +379,6 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
                 raise MivpgError(f"image_mask is {tuple(image_mask.shape)}, image_embeds {tuple(image_embeds.shape)}.")
             if not image_mask.bool().any(dim=1).all():
                 raise MivpgError("A bag without a real image: a row of image_mask is zero throughout.")
-        pooling = self.config.patch_pooling
-        if pooling == "cls":
-            image_embeds = image_embeds[:, :, :1]
-        # Real images alone: what stands in padding, be it NaN, is in no sum and in no gradient.
-        real = gather_real(image_embeds, image_mask).to(self.prompt_dtype)  # (n, P, D)
-        if pooling == "none":
-            instances = self.project_instances(real)
-            instance_mask = None if image_mask is None else image_mask.repeat_interleave(real.shape[1], dim=1)
-        else:
-            instances = self.project_instances(self.pool_patches(real))[:, None]  # (n, 1, D)
-            instance_mask = image_mask
-        if image_mask is None:
-            return instances.unflatten(0, image_embeds.shape[:2]).flatten(1, 2), None
-        return scatter_real(instances, image_mask).flatten(1, 2), instance_mask
 
     def _refuse_float16(self) -> None:
         """A Q-Former diverges in float16, which ends at 65,504 (LAVIS #267, #409); bfloat16 has float32's range."""
@@ -469,6 +473,7 @@ class MivpgVisualPromptModel(MivpgPreTrainedModel):
 
     def _prompts_per_image(self, image_embeds: Tensor, image_mask: Tensor | None) -> VisualPrompts:
         """Each image as a bag of its own; what the Q-Former says of each, one after the other (LAVIS issue 318)."""
+        self._check_bags(image_embeds, image_mask)
         if image_mask is None:
             image_mask = torch.ones(image_embeds.shape[:2], dtype=torch.long, device=image_embeds.device)
         embeds = self._prompts_per_bag(gather_real(image_embeds, image_mask)[:, None], None, None).embeds
