@@ -114,7 +114,7 @@ def test_a_disk_that_takes_no_more(config, small_disk, monkeypatch, capsys, dama
     with monkeypatch.context() as patch:
         at_step(patch, step, lambda: damage(small_disk))
         if damage is make_read_only:  # `mount` does it where no file is open for writing, such as a lock
-            patch.setattr(training, "only_writer", nullcontext)
+            patch.setattr(training, "only_writer", lambda *_: nullcontext())
         line = stopped(capsys, config, "--output-dir", run_dir)
     assert line.startswith(f"mivpg: {run_dir / what} cannot be written: ")
     if what == "log.jsonl":  # torch.save and safetensors say it in words of their own

@@ -53,10 +53,14 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def only_writer(file: Path) -> Iterator[None]:
+def only_writer(file: Path, taken: str | None = None) -> Iterator[None]:
     """Keeps other runs from writing the same file, or what belongs to it; a run that is killed lets go of it.
 
     Where the file system knows no locks there is none.
+
+    Args:
+        file: It need not exist; its folder is made.
+        taken: What the error says; by default that the file is being written.
 
     Raises:
         MivpgError: Another run is writing it.
@@ -70,7 +74,8 @@ def only_writer(file: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise MivpgError(f"{file} is being written by another run; wait for it, or choose another name.") from None
+        written = f"{file} is being written by another run; wait for it, or choose another name."
+        raise MivpgError(taken or written) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise

@@ -413,15 +413,12 @@ def _alone_in(folder: Path) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) > 0:
         yield
         return
+    taken = f"output_dir: another process trains in {folder}; wait for it, or name a new folder."
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         with ExitStack() as stack:
             with _writing(folder / CONFIG_FILE, folder):
-                try:
-                    stack.enter_context(only_writer(folder / CONFIG_FILE))
-                except MivpgError:
-                    message = f"output_dir: another process trains in {folder}; wait for it, or name a new folder."
-                    raise MivpgError(message) from None
+                stack.enter_context(only_writer(folder / CONFIG_FILE, taken))
             yield
     finally:
         for path in missing:
@@ -1041,9 +1038,9 @@ def _writing(what: Path, run_dir: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save's and safetensors' are no OSErrors
         shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
-        there = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
-        free = shutil.disk_usage(there).free / 1e6
-        last = get_last_checkpoint(run_dir) if there == run_dir else None
+        disk = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(disk).free / 1e6
+        last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
         raise MivpgError(
             f"{what} cannot be written: {' '.join(str(error).split())} ({free:.0f} MB are free); the last good "
             f"checkpoint is {last or 'none'}. Mend that and go on from it with --resume."
