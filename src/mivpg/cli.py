@@ -16,6 +16,7 @@ from cyclopts import App, CoercionError, CycloptsError, MissingArgumentError, Pa
 from cyclopts.config import Yaml
 
 from mivpg.errors import MivpgError
+from mivpg.files import is_first_process
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; a command imports what it needs
     from mivpg.bags import Sample
@@ -101,11 +102,6 @@ def main(tokens: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for all that `torchrun` has started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def complain(message: str) -> None:

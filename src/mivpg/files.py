@@ -87,6 +87,11 @@ def only_writer(file: Path, taken: str | None = None) -> Iterator[None]:
         lock.release()
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks, and locks, for all that `torchrun` has started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def check_is_file(path: Path, expected: str, error: type[MivpgError] = MivpgError) -> None:
     """Raises where a path is no file: reading would wait for a pipe, and never end on some devices."""
     try:

@@ -72,7 +72,7 @@ from mivpg.datasets import DatasetConfig
 from mivpg.errors import BagError, MivpgError
 from mivpg.evaluation import TRAINING_METRICS, CaptionScorer, caption_floors
 from mivpg.feature_files import features_shape
-from mivpg.files import DAMAGE, LOCK, only_writer, read_yaml, write_whole
+from mivpg.files import DAMAGE, LOCK, is_first_process, only_writer, read_yaml, write_whole
 from mivpg.loading import load_config
 from mivpg.miniature.folders import MADE_BY
 from mivpg.model_card import DATA_LICENCES, MODEL, NOT_KNOWN, Training, write_model_card
@@ -410,7 +410,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise MivpgError(f"output_dir: {folder} is a file, expected a folder.")
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first_process():
         yield
         return
     taken = f"output_dir: another process trains in {folder}; wait for it, or name a new folder."
